@@ -1,0 +1,59 @@
+"""What the program last wrote to each page, so that a run can prove that no byte was lost."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kit.memory.frames import Frames
+
+__all__ = ["Content"]
+
+
+class Content:
+    """The program's view of its memory, page by page, beside the frames that must agree with it.
+
+    A write only marks its page; `settle` turns the marks into new content, in the frame that holds
+    the page at that moment. Between two settlements a page may be written any number of times: only
+    the last content matters, as with a write-back cache that is flushed before the page is unmapped.
+    Content is a stamp, different for every page and every settlement; 0 is a page never written.
+    """
+
+    def __init__(self) -> None:
+        self.stamps = np.zeros(0, dtype=np.uint64)
+        self.dirty = np.zeros(0, dtype=bool)
+        self._version = 0
+
+    def grow(self, slots: int) -> None:
+        """Make room for pages with slots below `slots`."""
+        more = slots - len(self.stamps)
+        if more > 0:
+            self.stamps = np.concatenate([self.stamps, np.zeros(more, dtype=np.uint64)])
+            self.dirty = np.concatenate([self.dirty, np.zeros(more, dtype=bool)])
+
+    def write(self, slots: NDArray[np.integer]) -> None:
+        """Mark pages as written."""
+        self.dirty[slots] = True
+
+    def settle(self, first: int, count: int, frames: Frames, frame_of: NDArray[np.int32]) -> None:
+        """Put the content of written pages among `count` pages from slot `first` into their frames.
+
+        Parameters
+        ----------
+        frame_of : ndarray of int32, shape (count,)
+            The frame in `frames` of each page; pages without one (-1) stay marked.
+        """
+        dirty = self.dirty[first : first + count]
+        where = np.flatnonzero(dirty & (frame_of >= 0))
+        if not len(where):
+            return
+        self._version += 1
+        stamps = np.uint64(self._version << 36) | (where + first + 1).astype(np.uint64)
+        self.stamps[first + where] = stamps
+        frames.write(frame_of[where], stamps)
+        dirty[where] = False
+
+    def forget(self, first: int, count: int) -> None:
+        """The pages were freed: they hold nothing any more."""
+        self.stamps[first : first + count] = 0
+        self.dirty[first : first + count] = False
