@@ -1,0 +1,163 @@
+"""uvm_gpu_replayable_faults.c, cancel: what happens to a fault that cannot be served."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, preprocess_fault_batch
+from kit.drivers.uvm.gpu import Gpu
+from kit.drivers.uvm.types import PAGE
+from kit.sim.engine import Thread, Wait
+from kit.sim.trace import step, waiting_step
+
+__all__ = ["cancel_fault_batch", "cancel_faults_precise"]
+
+
+@waiting_step
+def cancel_faults_precise(gpu: Gpu, thread: Thread, batch: FaultBatch) -> Wait:
+    """Cancel exactly the fatal faults: by address on Volta and later, by uTLB on Pascal (uvm_gpu_replayable_faults.c)."""
+    if gpu.hal.cancel_by_address:
+        yield from service_fault_batch_for_cancel(gpu, thread)
+    else:
+        yield from cancel_faults_precise_tlb(gpu, thread)
+
+
+@waiting_step
+def service_fault_batch_for_cancel(gpu: Gpu, thread: Thread) -> Wait:
+    """Flush, replay, fetch everything again; serve the good, cancel the fatal, replay (uvm_gpu_replayable_faults.c)."""
+    from kit.drivers.uvm.replayable_faults import fault_buffer_flush_locked, service_fault_batch_dispatch, wait_replay
+
+    batch = FaultBatch()
+    yield from wait_replay(gpu, thread, fault_buffer_flush_locked(gpu, thread, batch, True))
+    yield from _refault(gpu, thread)
+    fetch_fault_buffer_entries(gpu, thread, batch, everything=True)
+    preprocess_fault_batch(gpu, thread, batch)
+    at = 0
+    while at < len(batch):
+        page = int(batch.page[at])
+        if batch.fatal_type[at]:
+            batch.fatal[page] = "InvalidFaultType"
+            end = at + 1
+        else:
+            end = yield from service_fault_batch_dispatch(gpu, thread, batch, at)
+        for bad in sorted(set(batch.page[at:end].tolist()) & set(batch.fatal)):
+            cancel_fault_precise_va(gpu, thread, bad, batch.fatal[bad])
+        at = end
+    yield from wait_replay(gpu, thread, fault_buffer_flush_locked(gpu, thread, batch, True))
+
+
+@step
+def cancel_fault_precise_va(gpu: Gpu, thread: Thread, page: int, reason: str) -> None:
+    """Cancel one page's accesses; reads too unless only the write was illegal (uvm_gpu_replayable_faults.c)."""
+    thread.note(va=page * PAGE, pages=1, status=reason)
+    _record_fatal(thread, page, reason)
+    thread.charge(gpu.costs.cancel)
+    gpu.cancelled[page] = reason
+
+
+@waiting_step
+def cancel_faults_precise_tlb(gpu: Gpu, thread: Thread) -> Wait:
+    """Pascal: replay until a uTLB's first buffered fault is fatal, then cancel that uTLB (uvm_gpu_replayable_faults.c)."""
+    from kit.drivers.uvm.replayable_faults import (
+        fault_buffer_flush_locked,
+        push_replay_on_gpu,
+        service_fault_batch,
+        wait_replay,
+    )
+
+    was_enabled, gpu.prefetch_faults_enabled = gpu.prefetch_faults_enabled, False
+    while True:
+        batch = FaultBatch()
+        yield from wait_replay(gpu, thread, fault_buffer_flush_locked(gpu, thread, batch, True))
+        yield from _refault(gpu, thread)
+        fetch_fault_buffer_entries(gpu, thread, batch, everything=True)
+        if not len(batch):
+            break
+        first_of = dict(zip(batch.utlb[::-1].tolist(), batch.page[::-1].tolist(), strict=True))
+        preprocess_fault_batch(gpu, thread, batch)
+        yield from service_fault_batch(gpu, thread, batch, cancel=True)
+        if not batch.fatal:
+            break
+        try_to_cancel_utlbs(gpu, thread, batch, first_of)
+    gpu.prefetch_faults_enabled = was_enabled
+    end = push_replay_on_gpu(gpu, thread, FaultBatch(), wake=False)
+    yield from wait_replay(gpu, thread, end)
+
+
+@step
+def try_to_cancel_utlbs(gpu: Gpu, thread: Thread, batch: FaultBatch, first_of: dict[int, int]) -> None:
+    """Cancel each uTLB whose first buffered fault is fatal (uvm_gpu_replayable_faults.c).
+
+    When none qualifies, because an earlier fault of the uTLB was served just now, the next round
+    finds the fatal fault in front.
+    """
+    for utlb, page in sorted(first_of.items()):
+        if page in batch.fatal:
+            record_fatal_fault_helper(gpu, thread, page, batch.fatal[page])
+            push_cancel_on_gpu_targeted(gpu, thread, utlb, page, batch.fatal[page])
+
+
+@step
+def record_fatal_fault_helper(gpu: Gpu, thread: Thread, page: int, reason: str) -> None:
+    """Tell tools about the fatal fault (uvm_gpu_replayable_faults.c)."""
+    _record_fatal(thread, page, reason)
+
+
+@step
+def push_cancel_on_gpu_targeted(gpu: Gpu, thread: Thread, utlb: int, page: int, reason: str) -> None:
+    """Cancel by (GPC, client), and wait (uvm_gpu_replayable_faults.c)."""
+    thread.note(va=page * PAGE, pages=1, value=utlb)
+    thread.charge(gpu.costs.cancel)
+    gpu.cancelled[page] = reason
+
+
+@waiting_step
+def cancel_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch, reason: str) -> Wait:
+    """A service error: the whole batch dies, no precise attribution (uvm_gpu_replayable_faults.c)."""
+    if gpu.hal.cancel_by_address:
+        yield from cancel_faults_all(gpu, thread, batch, reason)
+    else:
+        cancel_fault_batch_tlb(gpu, thread, batch, reason)
+
+
+@waiting_step
+def cancel_faults_all(gpu: Gpu, thread: Thread, batch: FaultBatch, reason: str) -> Wait:
+    """Cancel every fault of the batch by address, then flush and replay (uvm_gpu_replayable_faults.c)."""
+    from kit.drivers.uvm.replayable_faults import fault_buffer_flush_locked, wait_replay
+
+    for page in _distinct(batch):
+        cancel_fault_precise_va(gpu, thread, page, reason)
+    yield from wait_replay(gpu, thread, fault_buffer_flush_locked(gpu, thread, batch, True))
+
+
+@step
+def cancel_fault_batch_tlb(gpu: Gpu, thread: Thread, batch: FaultBatch, reason: str) -> None:
+    """Pascal: one global cancel takes everything on the instance pointer (uvm_gpu_replayable_faults.c)."""
+    for page in _distinct(batch):
+        _record_fatal(thread, page, reason)
+    push_cancel_on_gpu_global(gpu, thread, reason)
+
+
+@step
+def push_cancel_on_gpu_global(gpu: Gpu, thread: Thread, reason: str) -> None:
+    """Cancel globally, and wait (uvm_gpu_replayable_faults.c)."""
+    thread.charge(gpu.costs.cancel)
+    gpu.cancelled_all = reason
+
+
+def _distinct(batch: FaultBatch) -> list[int]:
+    keep = np.ones(len(batch), dtype=bool)
+    keep[1:] = batch.page[1:] != batch.page[:-1]
+    return batch.page[keep].tolist()
+
+
+def _refault(gpu: Gpu, thread: Thread) -> Wait:
+    """Give woken accesses the time to fault again."""
+    thread.charge(gpu.costs.interrupt)
+    yield from thread.sync()
+
+
+def _record_fatal(thread: Thread, page: int, reason: str) -> None:
+    thread.engine.trace.span(
+        "UvmEventTypeFatalFault", "gpu", thread.now, thread.now, parent=thread.row, va=page * PAGE, pages=1, cause=reason
+    )

@@ -1,0 +1,236 @@
+"""A grid of thread blocks: warps in flight on the SMs, each with its own loop over the arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kit.drivers.uvm.sm import Misses
+from kit.drivers.uvm.types import READ, WRITE
+from kit.memory.content import Content
+from kit.memory.pagetable import PageTable
+from kit.sim.machine import Machine
+
+__all__ = ["GridKernel", "Shape"]
+
+WARP = 32
+ELEMENT = 4  # bytes
+LINE = 128  # bytes of a cache line
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Launch shape and arrays of a grid-stride loop ``out[i] = f(in[i], ...)``.
+
+    Attributes
+    ----------
+    n : int
+        Elements of 4 bytes.
+    grid, block : int
+        Thread blocks, threads in a block.
+    reads, writes : tuple of int
+        Addresses of the arrays that an iteration loads, and of those that it then stores.
+    """
+
+    n: int
+    grid: int
+    block: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Warps that missed together: on their loads or on their stores, and how long after the call."""
+
+    lanes: NDArray[np.int64]
+    storing: bool
+    delay: float
+
+
+class GridKernel:
+    """A grid-stride loop, warp by warp.
+
+    A warp's loads of one iteration are all issued before it waits; its stores follow when the loads
+    have come back. Iterations on the same pages are folded into one step. Thread blocks are handed
+    to SMs in order, as many at a time as fit, a new one when an old one ends.
+
+    Parameters
+    ----------
+    late : tuple of int
+        Input pages (virtual page numbers) whose first load reaches the fault buffer only after the
+        first batch was fetched, and is flushed: an input, because no documented rule orders warps.
+    """
+
+    def __init__(
+        self, name: str, shape: Shape, table: PageTable, machine: Machine, costs: object, late: tuple[int, ...] = ()
+    ) -> None:
+        self.name, self.shape, self.late = name, shape, set(late)
+        threads = min(shape.block, WARP)
+        self.warps_per_cta = -(-shape.block // WARP)
+        self.warps = self.warps_per_cta * shape.grid
+        self.span = threads * ELEMENT  # bytes that a warp touches in one iteration
+        self.stride = shape.grid * shape.block * ELEMENT
+        self.bytes = shape.n * ELEMENT
+        self.warps = min(self.warps, -(-self.bytes // self.span))
+        self.fold = max(1, 4096 // self.stride) if 4096 % self.stride == 0 else 1
+        per_sm = max(1, min(int(machine["max_ctas_per_sm"]), int(machine["max_threads_per_sm"]) // max(shape.block, WARP)))
+        self.sms, self.utlbs = int(machine["sms"]), int(machine["tpcs"])
+        self.slots_in_flight = min(self.warps, self.sms * per_sm * self.warps_per_cta)
+        self.merge_load, self.merge_store = int(machine["load_merge_warps"]), int(machine["store_merge_warps"])
+        hit, miss = float(costs.thread_hit), float(costs.thread_miss)  # type: ignore[attr-defined]
+        lines = max(1.0, self.fold * self.span / LINE) if self.fold > 1 else 1.0
+        self.step_us = self.fold * hit + lines * (miss - hit)
+        self._tables(table)
+        self.next_warp = self.slots_in_flight
+        self.warp = np.arange(self.slots_in_flight, dtype=np.int64)
+        self.step = np.zeros(self.slots_in_flight, dtype=np.int64)
+        self.storing = np.zeros(self.slots_in_flight, dtype=bool)
+        self.asleep = np.zeros(self.slots_in_flight, dtype=bool)
+        self.alive = np.ones(self.slots_in_flight, dtype=bool)
+
+    def _tables(self, table: PageTable) -> None:
+        """Slot of the first page of each array, so that a page's slot is one addition away."""
+        pages = -(-self.bytes // 4096) + 1
+        self.first_page = {a: a // 4096 for a in (*self.shape.reads, *self.shape.writes)}
+        self.slot = {}
+        for address, first in self.first_page.items():
+            count = (address % 4096 + self.bytes - 1) // 4096 + 1
+            self.slot[address] = table.walk(np.arange(first, first + min(count, pages)))
+
+    @property
+    def stalled(self) -> int:
+        """Warps that wait for a replay."""
+        return int(self.asleep.sum())
+
+    @property
+    def done(self) -> bool:
+        """Every warp has ended."""
+        return not self.alive.any()
+
+    def advance(self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool) -> tuple[float, Misses | None]:
+        """See `kit.drivers.uvm.sm.Kernel.advance`."""
+        spent = 0.0
+        found: list[Stall] = []
+        if retry:
+            self.asleep[:] = False
+        while spent < horizon:
+            lanes = np.flatnonzero(self.alive & ~self.asleep)
+            if not len(lanes):
+                break
+            spent += self._run(lanes, rights, content, horizon - spent, found, spent)
+        return spent, self._faults(found, rights) if found else None
+
+    def _run(
+        self, lanes: NDArray[np.int64], rights: NDArray[np.uint8], content: Content, left: float,
+        found: list[Stall], spent: float,
+    ) -> float:  # fmt: skip
+        """Let runnable warps go up to a window of steps; return the time of the longest."""
+        ahead = int(min(max(1, 8192 // len(lanes)), max(1, left // self.step_us)))
+        start = self._offset(lanes)[:, None] + np.arange(ahead)[None, :] * self._advance_bytes
+        inside = start < self.bytes
+        loads = self._granted(rights, start, inside, self.shape.reads, 1)
+        stores = self._granted(rights, start, inside, self.shape.writes, 2)
+        passed = loads & stores
+        stop = np.where(passed.all(axis=1), ahead, passed.argmin(axis=1))
+        self._write(content, start, inside, stop)
+        self.step[lanes] += stop
+        rows = np.arange(len(lanes))
+        blocked = stop < ahead
+        where = np.minimum(stop, ahead - 1)
+        over = blocked & ~inside[rows, where]
+        self._retire(lanes[over | (~blocked & (self._offset(lanes) >= self.bytes))])
+        blocked &= ~over
+        self.asleep[lanes[blocked]] = True
+        storing = blocked & loads[rows, where]
+        self.storing[lanes[blocked]] = storing[blocked]
+        for kind, which in ((False, blocked & ~storing), (True, storing)):
+            if which.any():
+                found.append(Stall(lanes[which], kind, spent + float(stop[which].max()) * self.step_us))
+        return float(stop.max()) * self.step_us
+
+    @property
+    def _advance_bytes(self) -> int:
+        return self.stride * self.fold
+
+    def _offset(self, lanes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Byte offset into the arrays of the present step of `lanes`; past the end when the loop is over."""
+        return self.warp[lanes] * self.span + self.step[lanes] * self._advance_bytes
+
+    def _slots(self, address: int, offset: NDArray[np.int64]) -> NDArray[np.int64]:
+        table = self.slot[address]
+        return table[np.minimum((address % 4096 + offset) >> 12, len(table) - 1)]
+
+    def _granted(
+        self, rights: NDArray[np.uint8], offset: NDArray[np.int64], inside: NDArray[np.bool_], arrays: tuple[int, ...], need: int
+    ) -> NDArray[np.bool_]:
+        granted = inside.copy()
+        for address in arrays:
+            granted &= rights[self._slots(address, offset)] >= need
+        return granted
+
+    def _write(self, content: Content, offset: NDArray[np.int64], inside: NDArray[np.bool_], stop: NDArray[np.int64]) -> None:
+        ran = inside & (np.arange(offset.shape[1])[None, :] < stop[:, None])
+        for address in self.shape.writes:
+            content.write(self._slots(address, offset[ran]))
+
+    def _retire(self, lanes: NDArray[np.int64]) -> None:
+        """Warps at their end make room for the next ones."""
+        more = min(len(lanes), self.warps - self.next_warp)
+        self.warp[lanes[:more]] = np.arange(self.next_warp, self.next_warp + more)
+        self.step[lanes[:more]] = 0
+        self.next_warp += more
+        self.alive[lanes[more:]] = False
+
+    def _faults(self, found: list[Stall], rights: NDArray[np.uint8]) -> Misses:
+        """Turn stalled warps into fault-buffer entries, merged per SM, page and access."""
+        pages, kinds, sms, delays = [], [], [], []
+        for stall in found:
+            kind, arrays = (WRITE, self.shape.writes) if stall.storing else (READ, self.shape.reads)
+            for address in arrays:
+                offset = self._offset(stall.lanes)
+                missing = rights[self._slots(address, offset)] < kind
+                lanes, offset = stall.lanes[missing], offset[missing]
+                pages.append(self.first_page[address] + ((address % 4096 + offset) >> 12))
+                kinds.append(np.full(len(lanes), kind, dtype=np.int8))
+                sms.append(self._merge_groups(lanes, stall.storing))
+                delays.append(np.full(len(lanes), stall.delay))
+        page, kind, group, delay = (np.concatenate(x) for x in (pages, kinds, sms, delays))
+        # Loads of one warp leave together: order by warp group, then array, as they were issued.
+        key = (page * (1 << 24) + group) * 2 + (kind == WRITE)
+        order = np.argsort(key, kind="stable")
+        head = np.ones(len(order), dtype=bool)
+        head[1:] = key[order][1:] != key[order][:-1]
+        keep = np.sort(order[head])
+        keep = keep[np.argsort(delay[keep], kind="stable")]
+        if self.late:
+            late = np.isin(page[keep], np.fromiter(self.late, dtype=np.int64))
+            self.late.clear()
+            keep = keep[~late]
+        sm = (group[keep] >> 8) % self.sms
+        return Misses(page[keep], kind[keep], (sm % self.utlbs).astype(np.int32), delay[keep])
+
+    def _merge_groups(self, lanes: NDArray[np.int64], storing: bool) -> NDArray[np.int64]:
+        """SM of each warp, and which of its miss entries: one entry merges so many warps of a thread block."""
+        warp = self.warp[lanes]
+        sm = (warp // self.warps_per_cta) % self.sms
+        entry = (warp % self.warps_per_cta) // (self.merge_store if storing else self.merge_load)
+        return (sm << 8) | np.minimum(entry, 255)
+
+    def cancel(self, pages: set[int], everything: bool) -> bool:
+        """See `kit.drivers.uvm.sm.Kernel.cancel`."""
+        if everything:
+            hit = bool(self.asleep.any())
+        else:
+            lanes = np.flatnonzero(self.asleep)
+            offset = self._offset(lanes)
+            dead = np.zeros(len(lanes), dtype=bool)
+            for address in self.shape.reads + self.shape.writes:
+                page = self.first_page[address] + ((address % 4096 + offset) >> 12)
+                dead |= np.isin(page, np.fromiter(pages, dtype=np.int64))
+            hit = bool(dead.any())
+        if hit:
+            self.alive[:] = False
+        return hit

@@ -1,0 +1,218 @@
+"""uvm_policy.c: what cudaMemAdvise asks for."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+
+from kit.drivers.uvm.migrate import block_operation
+from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, VaBlock, VaRange, VaSpace
+from kit.drivers.uvm.va_block_map import uvm_va_block_add_mappings, uvm_va_block_unmap
+from kit.drivers.uvm.va_block_residency import (
+    BlockContext,
+    uvm_va_block_make_resident,
+    uvm_va_block_make_resident_read_duplicate,
+)
+from kit.errors import DriverError
+from kit.sim.engine import Thread, Wait
+from kit.sim.trace import step, waiting_step
+
+__all__ = [
+    "uvm_api_disable_read_duplication", "uvm_api_enable_read_duplication", "uvm_api_set_accessed_by",
+    "uvm_api_set_preferred_location", "uvm_api_unset_accessed_by", "uvm_api_unset_preferred_location",
+]  # fmt: skip
+
+
+def _split(va_space: VaSpace, first: int, pages: int) -> list[VaRange]:
+    """Return the ranges of [first, first + pages), split at its ends as in split_span_as_needed.
+
+    Raises
+    ------
+    DriverError
+        EINVAL: pages outside managed memory, or an end inside a block that is in use.
+    """
+    for at in (first, first + pages):
+        va_range = va_space.find(at)
+        if va_range is None or va_range.first == at:
+            continue
+        if va_range.blocks.get(at // BLOCK_PAGES) is not None and at % BLOCK_PAGES:
+            why = f"page {at:#x} is inside a block that is in use; give advice before first touch or at 2 MiB boundaries"
+            raise DriverError(errno.EINVAL, "NV_ERR_INVALID_ADDRESS", "uvm_va_range_split", why)
+        upper = VaRange(
+            at, va_range.end - at, va_range.vma, va_space, va_range.slot + at - va_range.first, replace(va_range.policy)
+        )
+        upper.blocks = {i: b for i, b in va_range.blocks.items() if i * BLOCK_PAGES >= at}
+        for block in upper.blocks.values():
+            block.range = upper
+        va_range.blocks = {i: b for i, b in va_range.blocks.items() if i * BLOCK_PAGES < at}
+        va_range.pages = at - va_range.first
+        va_space.ranges.insert(va_space.ranges.index(va_range) + 1, upper)
+    found = [r for r in va_space.ranges if r.first < first + pages and first < r.end]
+    if sum(r.pages for r in found) != pages:
+        raise DriverError(errno.EINVAL, "NV_ERR_INVALID_ADDRESS", "split_span_as_needed", "not all of it is managed memory")
+    return found
+
+
+@waiting_step
+def uvm_api_set_preferred_location(va_space: VaSpace, thread: Thread, first: int, pages: int, location: int) -> Wait:
+    """Set the policy; nothing moves, the location's remote mappings go (uvm_policy.c)."""
+    yield from preferred_location_set(va_space, thread, first, pages, location)
+
+
+@waiting_step
+def uvm_api_unset_preferred_location(va_space: VaSpace, thread: Thread, first: int, pages: int) -> Wait:
+    """Forget the preferred location (uvm_policy.c)."""
+    yield from preferred_location_set(va_space, thread, first, pages, None)
+
+
+@waiting_step
+def preferred_location_set(va_space: VaSpace, thread: Thread, first: int, pages: int, location: int | None) -> Wait:
+    """Range by range (uvm_policy.c)."""
+    thread.charge(va_space.gpu.costs.ioctl)
+    for va_range in _split(va_space, first, pages):
+        yield from uvm_va_range_set_preferred_location(va_range, thread, location)
+
+
+@waiting_step
+def uvm_va_range_set_preferred_location(va_range: VaRange, thread: Thread, location: int | None) -> Wait:
+    """Block by block (uvm_va_range.c)."""
+    va_range.policy.preferred_location = location
+    if location is None:
+        return
+    for block in list(va_range.blocks.values()):
+        yield from block.lock.acquire(thread)
+        uvm_va_block_set_preferred_location_locked(block, thread, location)
+        yield from block.lock.release(thread)
+
+
+@step
+def uvm_va_block_set_preferred_location_locked(block: VaBlock, thread: Thread, location: int) -> None:
+    """From now on the location maps only what is local to it (uvm_va_block.c)."""
+    preferred_location_unmap_remote_pages(block, thread, location)
+
+
+@step
+def preferred_location_unmap_remote_pages(block: VaBlock, thread: Thread, location: int) -> None:
+    """Remove its mappings of pages that live elsewhere (uvm_policy.c)."""
+    remote = block.mapped(location) & ~block.resident[location]
+    if remote:
+        uvm_va_block_unmap(block, thread, location, remote)
+
+
+@waiting_step
+def uvm_api_set_accessed_by(va_space: VaSpace, thread: Thread, first: int, pages: int, processor: int) -> Wait:
+    """Keep the processor mapped, now and after every move (uvm_policy.c)."""
+    yield from accessed_by_set(va_space, thread, first, pages, processor, True)
+
+
+@waiting_step
+def uvm_api_unset_accessed_by(va_space: VaSpace, thread: Thread, first: int, pages: int, processor: int) -> Wait:
+    """Stop keeping the processor mapped; present mappings stay (uvm_policy.c)."""
+    yield from accessed_by_set(va_space, thread, first, pages, processor, False)
+
+
+@waiting_step
+def accessed_by_set(va_space: VaSpace, thread: Thread, first: int, pages: int, processor: int, on: bool) -> Wait:
+    """Range by range (uvm_policy.c)."""
+    thread.charge(va_space.gpu.costs.ioctl)
+    for va_range in _split(va_space, first, pages):
+        policy = va_range.policy
+        if on:
+            policy.accessed_by |= {processor}
+            yield from uvm_va_range_set_accessed_by(va_range, thread)
+        else:
+            policy.accessed_by -= {processor}
+
+
+@waiting_step
+def uvm_va_range_set_accessed_by(va_range: VaRange, thread: Thread) -> Wait:
+    """Block by block (uvm_va_range.c)."""
+    for block in list(va_range.blocks.values()):
+        yield from uvm_va_block_set_accessed_by(block, thread)
+
+
+@waiting_step
+def uvm_va_block_set_accessed_by(block: VaBlock, thread: Thread) -> Wait:
+    """Map what is resident now, and wait for it (uvm_va_block.c)."""
+    yield from block.lock.acquire(thread)
+    uvm_va_block_set_accessed_by_locked(block, thread)
+    thread.now = max(thread.now, block.tracker)
+    yield from block.lock.release(thread)
+
+
+@step
+def uvm_va_block_set_accessed_by_locked(block: VaBlock, thread: Thread) -> None:
+    """Add the mappings (uvm_va_block.c)."""
+    uvm_va_block_add_mappings(block, thread, block.all_pages)
+
+
+@waiting_step
+def uvm_api_enable_read_duplication(va_space: VaSpace, thread: Thread, first: int, pages: int) -> Wait:
+    """Read-mostly on: rights shrink to read, nothing is copied (uvm_policy.c)."""
+    yield from read_duplication_set(va_space, thread, first, pages, True)
+
+
+@waiting_step
+def uvm_api_disable_read_duplication(va_space: VaSpace, thread: Thread, first: int, pages: int) -> Wait:
+    """Read-mostly off: one copy survives (uvm_policy.c)."""
+    yield from read_duplication_set(va_space, thread, first, pages, False)
+
+
+@waiting_step
+def read_duplication_set(va_space: VaSpace, thread: Thread, first: int, pages: int, on: bool) -> Wait:
+    """Range by range (uvm_policy.c)."""
+    thread.charge(va_space.gpu.costs.ioctl)
+    for va_range in _split(va_space, first, pages):
+        if va_range.policy.read_duplication == on:
+            continue
+        va_range.policy.read_duplication = on
+        set_or_unset = uvm_va_range_set_read_duplication if on else uvm_va_range_unset_read_duplication
+        yield from set_or_unset(va_range, thread)
+
+
+@waiting_step
+def uvm_va_range_set_read_duplication(va_range: VaRange, thread: Thread) -> Wait:
+    """Block by block (uvm_va_range.c)."""
+    for block in list(va_range.blocks.values()):
+        yield from uvm_va_block_set_read_duplication(block, thread)
+
+
+@waiting_step
+def uvm_va_block_set_read_duplication(block: VaBlock, thread: Thread) -> Wait:
+    """One block operation (uvm_va_block.c)."""
+    yield from block_operation(block, thread, lambda c: va_block_set_read_duplication_locked(block, thread, c))
+
+
+@waiting_step
+def va_block_set_read_duplication_locked(block: VaBlock, thread: Thread, context: BlockContext) -> Wait:
+    """Each holder keeps its pages as a read-only copy (uvm_va_block.c)."""
+    for holder in (CPU, GPU):
+        if block.resident[holder]:
+            yield from uvm_va_block_make_resident_read_duplicate(
+                block, thread, context, holder, block.resident[holder], 0, "api"
+            )
+
+
+@waiting_step
+def uvm_va_range_unset_read_duplication(va_range: VaRange, thread: Thread) -> Wait:
+    """Block by block (uvm_va_range.c)."""
+    for block in list(va_range.blocks.values()):
+        yield from uvm_va_block_unset_read_duplication(block, thread)
+
+
+@waiting_step
+def uvm_va_block_unset_read_duplication(block: VaBlock, thread: Thread) -> Wait:
+    """One block operation (uvm_va_block.c)."""
+    yield from block_operation(block, thread, lambda c: va_block_unset_read_duplication_locked(block, thread, c))
+
+
+@waiting_step
+def va_block_unset_read_duplication_locked(block: VaBlock, thread: Thread, context: BlockContext) -> Wait:
+    """The preferred location's copy survives, else the lowest processor's (uvm_va_block.c)."""
+    duplicated = block.read_duplicated
+    preferred = block.range.policy.preferred_location
+    survivor = CPU if preferred is None else preferred
+    if duplicated:
+        yield from uvm_va_block_make_resident(block, thread, context, survivor, duplicated, 0, "api")
+    if block.range.policy.accessed_by:
+        uvm_va_block_set_accessed_by_locked(block, thread)

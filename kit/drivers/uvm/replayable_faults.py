@@ -1,0 +1,310 @@
+"""uvm_gpu_replayable_faults.c: interrupt, service loop, batches, blocks, replays."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, flush, preprocess_fault_batch
+from kit.drivers.uvm.gpu import Gpu
+from kit.drivers.uvm.perf_thrashing import PIN, THROTTLE, uvm_perf_thrashing_get_hint
+from kit.drivers.uvm.types import (
+    ACCESS_NAMES,
+    ATOMIC_WEAK,
+    GPU,
+    PAGE,
+    PREFETCH,
+    READ,
+    READ_ONLY,
+    READ_WRITE,
+    READ_WRITE_ATOMIC,
+    REQUIRED_PROT,
+    MoreProcessingRequired,
+    VaBlock,
+)
+from kit.drivers.uvm.va_block_residency import uvm_va_block_retry_deinit
+from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
+from kit.drivers.uvm.va_space import uvm_va_block_find_create_in_range
+from kit.errors import DriverError
+from kit.memory.pagemask import from_pages, pages_of
+from kit.sim.engine import Thread, Wait
+from kit.sim.trace import step, waiting_step
+
+__all__ = [
+    "fault_buffer_flush_locked", "push_replay_on_parent_gpu", "replayable_faults_isr_bottom_half", "service_fault_batch",
+    "start_bottom_half",
+]  # fmt: skip
+
+BLOCK, BATCH, BATCH_FLUSH, ONCE = range(4)
+
+
+def start_bottom_half(gpu: Gpu) -> None:
+    """Create the GPU's bottom-half thread; the buffer's interrupt wakes it, one at a time."""
+    engine, buffer = gpu.engine, gpu.fault_buffer
+    thread = engine.thread("UVM GPU0 BH")
+    pending = [engine.env.event()]
+
+    def top_half() -> None:
+        if not pending[0].triggered:
+            pending[0].succeed()
+
+    def run() -> Wait:
+        while True:
+            yield pending[0]
+            pending[0] = engine.env.event()
+            while buffer.get != buffer.put:
+                first = float(buffer.ring["time"][buffer.get % buffer.entries])
+                thread.now = max(engine.now, first)
+                thread.charge(gpu.costs.interrupt)
+                if not gpu.seen_fault:
+                    gpu.seen_fault = True
+                    thread.charge(gpu.costs.gpu_first_fault)
+                yield from thread.sync()
+                yield from replayable_faults_isr_bottom_half(gpu, thread)
+
+    buffer.interrupt = top_half
+    engine.start(run())
+
+
+@waiting_step
+def replayable_faults_isr_bottom_half(gpu: Gpu, thread: Thread) -> Wait:
+    """Serve what is in the buffer under the GPU's service lock (uvm_gpu_isr.c)."""
+    yield from gpu.service_lock.acquire(thread)
+    yield from uvm_parent_gpu_service_replayable_faults(gpu, thread)
+    yield from gpu.service_lock.release(thread)
+
+
+@waiting_step
+def uvm_parent_gpu_service_replayable_faults(gpu: Gpu, thread: Thread) -> Wait:
+    """Batch after batch until the buffer is empty or a limit is reached (uvm_gpu_replayable_faults.c)."""
+    from kit.drivers.uvm.cancel import cancel_fault_batch, cancel_faults_precise
+
+    module = gpu.module
+    batches = throttled = replays = 0
+    while throttled < module.fault_max_throttle_per_service and batches < module.fault_max_batches_per_service:
+        batch = FaultBatch(id=batches)
+        fetch_fault_buffer_entries(gpu, thread, batch)
+        if not batch.num_cached:
+            break
+        preprocess_fault_batch(gpu, thread, batch)
+        try:
+            yield from service_fault_batch(gpu, thread, batch)
+        except DriverError as error:
+            if error.status != "NV_ERR_NO_MEMORY":
+                raise
+            yield from cancel_fault_batch(gpu, thread, batch, "OutOfMemory")
+            replays += batch.num_replays
+            break
+        report_group(gpu, thread, batch)
+        enable_disable_prefetch_faults(gpu, thread, batch)
+        batches += 1
+        if batch.fatal:
+            thread.now = max(thread.now, batch.tracker)
+            yield from cancel_faults_precise(gpu, thread, batch)
+            replays += 1
+            continue
+        if module.fault_replay_policy == BATCH:
+            push_replay_on_parent_gpu(gpu, thread, batch)
+        elif module.fault_replay_policy == BATCH_FLUSH:
+            update_put = batch.num_duplicates * 100 > batch.num_cached * module.fault_replay_update_put_ratio
+            end = fault_buffer_flush_locked(gpu, thread, batch, update_put)
+            yield from wait_replay(gpu, thread, end)
+        replays += batch.num_replays
+        throttled += batch.has_throttled
+    if module.fault_replay_policy == ONCE or not replays:
+        push_replay_on_parent_gpu(gpu, thread, FaultBatch())
+
+
+@waiting_step
+def service_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch, cancel: bool = False) -> Wait:
+    """Serve the sorted faults block by block (uvm_gpu_replayable_faults.c)."""
+    at = 0
+    while at < len(batch):
+        if batch.fatal_type[at]:
+            batch.fatal[int(batch.page[at])] = "InvalidFaultType"
+            at += 1
+            continue
+        at = yield from service_fault_batch_dispatch(gpu, thread, batch, at)
+        if gpu.module.fault_replay_policy == BLOCK and not cancel:
+            push_replay_on_gpu(gpu, thread, batch)
+
+
+@waiting_step
+def service_fault_batch_dispatch(gpu: Gpu, thread: Thread, batch: FaultBatch, at: int) -> Wait:
+    """Find the block of fault `at`, serve all faults inside it, return the next fault (uvm_gpu_replayable_faults.c)."""
+    thread.charge(gpu.costs.service_block)
+    page = int(batch.page[at])
+    assert gpu.va_space is not None
+    block = uvm_va_block_find_create_in_range(gpu.va_space, thread, page)
+    if block is None:
+        service_fault_batch_fatal_notify(gpu, thread, batch, at)
+        return at + int(np.searchsorted(batch.page[at:], page, side="right"))
+    end = at + int(np.searchsorted(batch.page[at:], block.first + block.pages))
+    yield from service_fault_batch_block(gpu, thread, batch, block, at, end)
+    return end
+
+
+@step
+def service_fault_batch_fatal_notify(gpu: Gpu, thread: Thread, batch: FaultBatch, at: int) -> None:
+    """No range there: fatal, unless it was only a prefetch (uvm_gpu_replayable_faults.c)."""
+    page = int(batch.page[at])
+    if batch.access[at] == PREFETCH:
+        batch.num_invalid_prefetch += int(batch.instances[at])
+    else:
+        batch.fatal[page] = "InvalidAddress"
+    thread.note(va=page * PAGE, pages=1, status="NV_ERR_INVALID_ADDRESS")
+
+
+@waiting_step
+def service_fault_batch_block(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, start: int, end: int) -> Wait:
+    """One block operation, started again as often as memory had to be evicted for it (uvm_gpu_replayable_faults.c)."""
+    context = ServiceContext()
+    yield from block.lock.acquire(thread)
+    try:
+        while True:
+            try:
+                yield from service_fault_batch_block_locked(gpu, thread, batch, block, context, start, end)
+                break
+            except MoreProcessingRequired:
+                context.num_retries += 1
+    finally:
+        yield from block.lock.release(thread)
+        uvm_va_block_retry_deinit(context.block_context, thread, gpu)
+    batch.tracker = max(batch.tracker, block.tracker)
+
+
+@waiting_step
+def service_fault_batch_block_locked(
+    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext, start: int, end: int
+) -> Wait:
+    """Policy for every faulting page, then one service operation (uvm_gpu_replayable_faults.c)."""
+    context.reset()
+    pages = batch.page[start:end] - block.first
+    access = batch.access[start:end]
+    first = np.ones(len(pages), dtype=bool)
+    first[1:] = pages[1:] != pages[:-1]
+    thread.note(va=block.va, pages=int(first.sum()), value=int(batch.instances[start:end].sum()))
+    thread.charge(int(first.sum()) * gpu.costs.service_fault)
+    if not context.num_retries:
+        update_batch_and_notify_fault(gpu, thread, batch, start, end, first)
+    allowed = check_fault_access_permissions(gpu, thread, batch, block, start, end, first)
+    _wanted(context, pages[allowed], access[allowed])
+    rights = block.pte[GPU]
+    for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
+        context.wanted[prot] &= ~rights[prot]  # the GPU already has the right: spurious
+        context.faulted |= context.wanted[prot]
+    if block.thrashing is not None and block.thrashing.page is not None:
+        _thrashing_hints(gpu, thread, batch, block, context)
+    if not context.faulted:
+        return
+    uvm_va_block_select_residency(block, thread, context, GPU)
+    yield from uvm_va_block_service_locked(block, thread, context, GPU)
+    if context.did_migrate:
+        batch.copies_end = max(batch.copies_end, context.block_context.copies_end)
+
+
+def _wanted(context: ServiceContext, pages: NDArray[np.int64], access: NDArray[np.int8]) -> None:
+    """Sort faulting pages by the right that their strongest access needs."""
+    needed = REQUIRED_PROT[access]
+    for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
+        context.wanted[prot] = from_pages(pages[needed == prot])
+    context.atomics_only = from_pages(pages[access >= ATOMIC_WEAK])
+
+
+def _thrashing_hints(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext) -> None:
+    """Ask thrashing about faults on suspicious pages: a throttled one is left out of this batch."""
+    info = block.thrashing
+    assert info is not None
+    for index in pages_of(context.faulted & info.pages).tolist():
+        hint = uvm_perf_thrashing_get_hint(block, thread, index, GPU)
+        if hint.type == THROTTLE:
+            batch.has_throttled = True
+            context.faulted &= ~(1 << index)
+            for prot in context.wanted:
+                context.wanted[prot] &= ~(1 << index)
+        elif hint.type == PIN:
+            context.pinned[index] = hint.residency
+
+
+@step
+def update_batch_and_notify_fault(
+    gpu: Gpu, thread: Thread, batch: FaultBatch, start: int, end: int, first: NDArray[np.bool_]
+) -> None:
+    """Count duplicates: merged instances, and same-page entries that the sort brought together."""
+    instances = int(batch.instances[start:end].sum())
+    batch.num_duplicates += instances - int(first.sum())
+
+
+@step
+def check_fault_access_permissions(
+    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, start: int, end: int, first: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Return which faults may be served; a write to a read-only area is fatal (uvm_gpu_replayable_faults.c)."""
+    if block.range.vma.prot & 2:
+        return first
+    writes = batch.access[start:end] > READ
+    for page in batch.page[start:end][writes & first].tolist():
+        batch.fatal[page] = "InvalidPermissions"
+    return first & ~writes
+
+
+def report_group(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
+    """Emit the batch as tools show it: the first faulting page, how often it faulted, until the copies end."""
+    page = int(batch.page[0])
+    same = batch.page == page
+    end = batch.copies_end or max(thread.now, batch.tracker)
+    distinct = 1 + int((batch.page[1:] != batch.page[:-1]).sum())
+    thread.engine.trace.span(
+        "UvmEventTypeGpuFault", "gpu", batch.first_time, end, va=page * PAGE, pages=distinct,
+        cause=ACCESS_NAMES[int(batch.access[0])], value=int(batch.instances[same].sum()),
+    )  # fmt: skip
+
+
+@step
+def enable_disable_prefetch_faults(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
+    """Too many invalid prefetch faults switch them off for a while (uvm_gpu_replayable_faults.c)."""
+    if not gpu.prefetch_faults_supported:
+        return
+    lapse = gpu.module.reenable_prefetch_faults_lapse_msec * 1000.0
+    if batch.num_invalid_prefetch * 3 > gpu.module.fault_batch_count * 2:
+        gpu.prefetch_faults_enabled, gpu.prefetch_faults_disabled_at = False, thread.now
+    elif not gpu.prefetch_faults_enabled and thread.now - gpu.prefetch_faults_disabled_at > lapse:
+        gpu.prefetch_faults_enabled = True
+
+
+@step
+def fault_buffer_flush_locked(gpu: Gpu, thread: Thread, batch: FaultBatch, update_put: bool) -> float:
+    """Throw queued entries away and replay: their accesses fault again if they must (uvm_gpu_replayable_faults.c)."""
+    thread.charge(gpu.costs.flush_buffer)
+    thread.note(value=flush(gpu.fault_buffer, thread.now, update_put))
+    return push_replay_on_parent_gpu(gpu, thread, batch, wake=False)
+
+
+@step
+def push_replay_on_parent_gpu(gpu: Gpu, thread: Thread, batch: FaultBatch, wake: bool = True) -> float:
+    """Replay on the parent GPU (uvm_gpu_replayable_faults.c)."""
+    return push_replay_on_gpu(gpu, thread, batch, wake)
+
+
+@step
+def push_replay_on_gpu(gpu: Gpu, thread: Thread, batch: FaultBatch, wake: bool = True) -> float:
+    """Push a replay behind the batch's work; it wakes every stalled access (uvm_gpu_replayable_faults.c)."""
+    thread.charge(gpu.costs.push)
+    _, end = gpu.memops.push(thread, gpu.costs.replay, after=batch.tracker)
+    batch.num_replays += 1
+    thread.engine.trace.span("UvmEventTypeGpuFaultReplay", "gpu", end, end)
+    if wake:
+        thread.engine.start(_wake_at(gpu, end))
+    return end
+
+
+def _wake_at(gpu: Gpu, time: float) -> Wait:
+    yield gpu.engine.env.timeout(max(0.0, time - gpu.engine.now))
+    gpu.wake_stalled()
+
+
+def wait_replay(gpu: Gpu, thread: Thread, end: float) -> Wait:
+    """Wait for a replay to finish (uvm_tracker_wait), which is when stalled accesses run again."""
+    thread.now = max(thread.now, end)
+    yield from thread.sync()
+    gpu.wake_stalled()

@@ -1,0 +1,225 @@
+"""The GPU side: streaming multiprocessors with many outstanding misses, uTLBs, stalls until replay.
+
+A kernel is something that can `advance`: run as far as the page table lets it within a time
+horizon, and say which accesses now miss. Misses of one uTLB on one page are merged before they
+reach the fault buffer; an access that misses stalls until a replay wakes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kit.drivers.uvm.gpu import Gpu
+from kit.drivers.uvm.types import VaSpace
+from kit.memory.content import Content
+from kit.sim.engine import Wait
+
+__all__ = ["Kernel", "Misses", "StreamKernel", "launch"]
+
+HORIZON = 20.0  # microseconds that running lanes advance at a time while others are stalled or being served
+FOREVER = 1e12
+
+
+@dataclass
+class Misses:
+    """Accesses that fault, in order of arrival: page, access type, uTLB, delay after the call (microseconds)."""
+
+    page: NDArray[np.int64]
+    access: NDArray[np.int8]
+    utlb: NDArray[np.int32]
+    delay: NDArray[np.float64]
+
+
+class Kernel(Protocol):
+    """What runs on the GPU."""
+
+    name: str
+    done: bool
+    stalled: int
+
+    def advance(self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool) -> tuple[float, Misses | None]:
+        """Run; return the time it took and the misses that stalled on the way.
+
+        Parameters
+        ----------
+        rights : ndarray of uint8
+            The GPU page table's rights by slot.
+        horizon : float
+            Microseconds to run at most while it is not stalled.
+        retry : bool
+            A replay has happened: stalled accesses try again.
+        """
+        ...
+
+    def cancel(self, pages: set[int], everything: bool) -> bool:
+        """Drop stalled accesses to cancelled pages; return whether there were any."""
+        ...
+
+
+class StreamKernel:
+    """Accesses of many threads as one stream, with a bounded number of misses outstanding.
+
+    A massively threaded processor runs on past a miss until its miss slots are used up; a resident
+    touch costs one gather and nothing else.
+
+    Parameters
+    ----------
+    name : str
+    slots : ndarray of int, shape (n,)
+        Page-table slot of each access, -1 where nothing is mapped and never will be.
+    pages : ndarray of int64, shape (n,)
+        Virtual page number of each access.
+    access : ndarray of int8, shape (n,)
+        Access types.
+    need : ndarray of uint8, shape (n,)
+        Right that each access needs.
+    lanes : int
+        Misses that can be outstanding; one lane runs one access after the other.
+    utlbs : int
+        uTLBs that the lanes share.
+    touch_us : float
+        Time of one resident access, lanes overlapping.
+    pause_us : float
+        Pause after each access (single-thread programs that wait between touches).
+    """
+
+    def __init__(
+        self, name: str, slots: NDArray[np.integer], pages: NDArray[np.int64], access: NDArray[np.int8],
+        need: NDArray[np.uint8], lanes: int, utlbs: int, touch_us: float, pause_us: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.name, self.slots, self.pages, self.access, self.need = name, slots, pages, access, need
+        self.lanes, self.utlbs = lanes, utlbs
+        self.touch_us, self.pause_us = touch_us / lanes, pause_us
+        self.position = 0
+        self.waiting = np.zeros(0, dtype=np.int64)
+        self.window = 4 * lanes
+        self.writes = bool((need > 1).any())
+
+    @property
+    def stalled(self) -> int:
+        """Lanes that wait for a replay."""
+        return len(self.waiting)
+
+    @property
+    def done(self) -> bool:
+        """Every access has been made."""
+        return self.position == len(self.slots) and not len(self.waiting)
+
+    def advance(self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool) -> tuple[float, Misses | None]:
+        """See `Kernel.advance`."""
+        spent, again = 0.0, self.waiting[:0]
+        if retry and len(self.waiting):
+            hit = rights[self.slots[self.waiting]] >= self.need[self.waiting]
+            hit &= self.slots[self.waiting] >= 0
+            self._retire(self.waiting[hit], content)
+            spent += float(np.count_nonzero(hit)) * (self.touch_us + self.pause_us)
+            again = self.waiting = self.waiting[~hit]
+        fresh: list[NDArray[np.int64]] = []
+        while self.position < len(self.slots) and len(self.waiting) < self.lanes and spent < horizon:
+            spent += self._run_window(rights, content, fresh)
+        missed = np.concatenate([again, *fresh]) if fresh else again
+        return spent, self._faults(missed, len(again), spent) if len(missed) else None
+
+    def _run_window(self, rights: NDArray[np.uint8], content: Content, fresh: list[NDArray[np.int64]]) -> float:
+        """Touch the next window of the stream, up to as many misses as lanes are free; return the time."""
+        start = self.position
+        stop = min(start + self.window, len(self.slots))
+        slots, need = self.slots[start:stop], self.need[start:stop]
+        miss = rights[slots] < need
+        if not miss.any():
+            self._retire_run(start, stop, content)
+            self.position = stop
+            self.window = min(2 * self.window, 1 << 18)
+            return (stop - start) * (self.touch_us + self.pause_us)
+        free = self.lanes - len(self.waiting)
+        at = np.flatnonzero(miss)[:free] + start
+        if len(at) == free:
+            stop = int(at[-1]) + 1
+        self.position = stop
+        self.window = max(4 * self.lanes, 64)
+        self.waiting = np.concatenate([self.waiting, at])
+        fresh.append(at)
+        if self.writes:
+            hits = np.arange(start, stop)[~miss[: stop - start]]
+            self._retire(hits, content)
+        return (stop - start - len(at)) * (self.touch_us + self.pause_us)
+
+    def _retire_run(self, start: int, stop: int, content: Content) -> None:
+        if self.writes:
+            slots = self.slots[start:stop]
+            content.write(slots[self.need[start:stop] > 1])
+
+    def _retire(self, at: NDArray[np.int64], content: Content) -> None:
+        if self.writes and len(at):
+            content.write(self.slots[at[self.need[at] > 1]])
+
+    def _faults(self, missed: NDArray[np.int64], again: int, spent: float) -> Misses:
+        """Merge misses of one uTLB on one page with the same access; those that tried again come first."""
+        utlb = (missed % self.lanes) % self.utlbs
+        key = (self.pages[missed] * self.utlbs + utlb) * 8 + self.access[missed]
+        order = np.argsort(key, kind="stable")
+        head = np.ones(len(order), dtype=bool)
+        head[1:] = key[order][1:] != key[order][:-1]
+        first = np.sort(order[head])
+        delay = np.where(first < again, 0.0, spent)
+        keep = missed[first]
+        return Misses(self.pages[keep], self.access[keep], utlb[first].astype(np.int32), delay)
+
+    def cancel(self, pages: set[int], everything: bool) -> bool:
+        """See `Kernel.cancel`."""
+        dead = np.ones(len(self.waiting), dtype=bool)
+        if not everything:
+            dead = np.isin(self.pages[self.waiting], np.fromiter(pages, dtype=np.int64))
+        self.waiting = self.waiting[~dead]
+        return bool(dead.any())
+
+
+def launch(va_space: VaSpace, kernel: Kernel) -> Wait:
+    """Run a kernel to its end; returns None, or the reason why it was killed.
+
+    A cancelled access kills its kernel: what has not run yet is not run.
+    """
+    gpu: Gpu = va_space.gpu
+    engine, trace = gpu.engine, gpu.engine.trace
+    start = engine.now
+    yield engine.env.timeout(gpu.costs.launch)
+    replays, killed = gpu.replays, None
+    while not kernel.done:
+        if gpu.cancelled or gpu.cancelled_all:
+            reason = gpu.cancelled_all or next(iter(gpu.cancelled.values()))
+            if kernel.cancel(set(gpu.cancelled), bool(gpu.cancelled_all)):
+                killed = reason
+                break
+        retry, replays = replays != gpu.replays, gpu.replays
+        quiet = not kernel.stalled and gpu.fault_buffer.get == gpu.fault_buffer.put
+        horizon = FOREVER if quiet else HORIZON
+        spent, misses = kernel.advance(gpu.table.rights.reshape(-1), va_space.content, horizon, retry)
+        if misses is not None:
+            _fault(gpu, misses)
+        if spent:
+            yield engine.env.timeout(spent)
+        elif not kernel.done:
+            stall = engine.now
+            if replays == gpu.replays:
+                yield gpu.replay_event
+            trace.span("gpu_stall", "gpu", stall, engine.now, value=kernel.stalled)
+    gpu.cancelled.clear()
+    gpu.cancelled_all = ""
+    status = f"killed: {killed}" if killed else "ok"
+    trace.span("kernel", "gpu", start, engine.now, cause=kernel.name, status=status)
+    return killed
+
+
+def _fault(gpu: Gpu, misses: Misses) -> None:
+    """Write misses into the fault buffer as they arrive, one entry after the other."""
+    count = len(misses.page)
+    interval = float(gpu.costs.fault_interval)
+    last = float(gpu.fault_buffer.last_time)
+    time = np.maximum(gpu.engine.now + misses.delay, last) + interval * np.arange(1, count + 1)
+    gpu.fault_buffer.write(time, misses.page, misses.access, misses.utlb)
+
+

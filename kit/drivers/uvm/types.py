@@ -1,0 +1,154 @@
+"""The driver's objects: processors, access types, va_space, va_range, va_block.
+
+Three facts about a page are kept apart, as in the driver: *populated* (physical memory is held),
+*resident* (that memory holds the valid copy), *mapped* (a page-table entry gives some right).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kit.memory.content import Content
+from kit.memory.pagemask import from_pages, region
+from kit.sim.engine import Engine, Lock
+
+if TYPE_CHECKING:
+    from kit.drivers.uvm.gpu import Gpu
+    from kit.drivers.uvm.module import ModuleParameters
+    from kit.drivers.uvm.perf_thrashing import BlockThrashing
+    from kit.drivers.uvm.pmm_gpu import Chunk
+    from kit.memory.address_space import AddressSpace, Vma
+    from kit.memory.frames import Frames
+
+__all__ = [
+    "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "GPU", "PAGE",
+    "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC", "REQUIRED_PROT", "WRITE",
+    "MoreProcessingRequired", "Policy", "VaBlock", "VaRange", "VaSpace",
+]  # fmt: skip
+
+PAGE = 4096
+BLOCK_PAGES = 512  # PAGES_PER_UVM_VA_BLOCK on 4 KiB hosts
+BIG_PAGES = 16  # 4 KiB pages in a 64 KiB big page
+CPU, GPU = 0, 1  # processor ids; the CPU's is the lowest, so it is served first
+
+# uvm_fault_access_type_t, ascending by intrusiveness
+PREFETCH, READ, WRITE, ATOMIC_WEAK, ATOMIC_STRONG = range(5)
+ACCESS_NAMES = ("prefetch", "read", "write", "atomic", "atomic")
+# uvm_prot_t
+READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC, COUNT_PROT = 1, 2, 3, 4
+REQUIRED_PROT = np.array([READ_ONLY, READ_ONLY, READ_WRITE, READ_WRITE, READ_WRITE_ATOMIC], dtype=np.uint8)
+
+
+class MoreProcessingRequired(Exception):
+    """NV_ERR_MORE_PROCESSING_REQUIRED: locks were dropped, the block operation starts again."""
+
+
+@dataclass
+class Policy:
+    """Advice given for a range (uvm_va_policy_t)."""
+
+    preferred_location: int | None = None
+    accessed_by: frozenset[int] = frozenset()
+    read_duplication: bool = False
+
+
+@dataclass
+class VaRange:
+    """A managed interval of virtual memory, cut into blocks of at most 2 MiB."""
+
+    first: int
+    pages: int
+    vma: Vma
+    va_space: VaSpace = field(repr=False)
+    slot: int
+    policy: Policy = field(default_factory=Policy)
+    blocks: dict[int, VaBlock] = field(default_factory=dict)
+    migratable: bool = True
+
+    @property
+    def end(self) -> int:
+        """First page past the range."""
+        return self.first + self.pages
+
+
+class VaBlock:
+    """A naturally aligned slice of a managed range: unit of locking, service and prefetch.
+
+    Masks are integers of ``pages`` bits; per processor: ``resident``, ``pte[prot]`` (pages mapped
+    with at least that right), ``frames`` (the frame of each page, -1 where unpopulated).
+    """
+
+    __slots__ = (
+        "all_pages", "big_ptes", "cancel_4k", "clean", "cpu_chunks", "discarded", "evicted", "fault_migrations_to_last_proc",
+        "first", "frames", "gpu_chunks", "gpu_state", "last_migration_proc_id", "lock", "pages", "pte", "pte_2m", "range",
+        "read_duplicated", "resident", "slot", "thrashing", "tracker",
+    )  # fmt: skip
+
+    def __init__(self, va_range: VaRange, first: int, pages: int, slots: tuple[int, int]) -> None:
+        self.range, self.first, self.pages, self.slot = va_range, first, pages, slots
+        self.all_pages = region(0, pages)
+        self.lock = Lock()
+        self.resident = [0, 0]
+        self.pte = [[0, 0, 0, 0], [0, 0, 0, 0]]
+        self.frames: list[NDArray[np.int32]] = [np.full(pages, -1, dtype=np.int32) for _ in (CPU, GPU)]
+        self.cpu_chunks: dict[int, tuple[int, int, int]] = {}  # first page: (first frame, pages, pages a chunk)
+        self.gpu_chunks: dict[int, Chunk] = {}
+        self.gpu_state = False
+        self.read_duplicated = 0
+        self.discarded = 0
+        self.clean = 0  # CPU pages not written since they came down (before Pascal)
+        self.evicted = False
+        self.pte_2m = False
+        self.big_ptes = 0
+        self.cancel_4k = False
+        self.tracker = 0.0
+        self.last_migration_proc_id: int | None = None
+        self.fault_migrations_to_last_proc = 0
+        self.thrashing: BlockThrashing | None = None
+
+    @property
+    def va(self) -> int:
+        """First byte."""
+        return self.first * PAGE
+
+    @property
+    def whole(self) -> bool:
+        """The block is a full 2 MiB."""
+        return self.pages == BLOCK_PAGES
+
+    def mapped(self, processor: int) -> int:
+        """Return the mask of pages that `processor` can at least read."""
+        return self.pte[processor][READ_ONLY]
+
+    def populated(self, processor: int) -> int:
+        """Return the mask of pages for which memory is held at `processor`."""
+        return from_pages(np.flatnonzero(self.frames[processor] >= 0))
+
+
+class VaSpace:
+    """One process's unified memory (uvm_va_space_t): ranges, the GPU, the address space."""
+
+    def __init__(self, engine: Engine, module: ModuleParameters, mm: AddressSpace, host: Frames, gpu: Gpu) -> None:
+        self.engine, self.module, self.mm, self.host, self.gpu = engine, module, mm, host, gpu
+        gpu.va_space = self
+        self.content = Content()
+        self.ranges: list[VaRange] = []
+        self.worker = engine.thread("uvm worker")
+
+    def find(self, page: int) -> VaRange | None:
+        """Return the managed range that holds virtual page `page`, or None (uvm_va_range_find)."""
+        index = bisect_right(self.ranges, page, key=lambda r: r.first) - 1
+        return self.ranges[index] if index >= 0 and page < self.ranges[index].end else None
+
+    def accessible(self, processor: int, location: int) -> bool:
+        """Whether `processor` can map memory at `location`: over PCIe a GPU reaches system memory, not the reverse."""
+        return processor == location or (processor == GPU and location == CPU)
+
+    def native_atomics(self, processor: int, location: int) -> bool:
+        """Whether atomics by `processor` on memory at `location` are native: over PCIe only its own."""
+        return processor == location

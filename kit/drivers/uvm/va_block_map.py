@@ -1,0 +1,239 @@
+"""uvm_va_block.c, mappings: page-table entries of CPU and GPU, their sizes, and TLB invalidation."""
+
+from __future__ import annotations
+
+from kit.drivers.uvm.gpu import Gpu
+from kit.drivers.uvm.types import (
+    BIG_PAGES,
+    BLOCK_PAGES,
+    CPU,
+    GPU,
+    PAGE,
+    READ_ONLY,
+    READ_WRITE,
+    READ_WRITE_ATOMIC,
+    VaBlock,
+    VaSpace,
+)
+from kit.memory.pagemask import region, runs
+from kit.sim.engine import Thread
+from kit.sim.trace import step
+
+__all__ = [
+    "uvm_va_block_add_mappings", "uvm_va_block_add_mappings_after_migration", "uvm_va_block_map",
+    "uvm_va_block_revoke_prot", "uvm_va_block_revoke_prot_mask", "uvm_va_block_unmap", "uvm_va_block_unmap_mask",
+]  # fmt: skip
+
+
+@step
+def uvm_va_block_unmap_mask(block: VaBlock, thread: Thread, processors: tuple[int, ...], mask: int) -> None:
+    """Remove every right that `processors` have on pages of `mask` (uvm_va_block.c)."""
+    for processor in processors:
+        if block.pte[processor][READ_ONLY] & mask:
+            uvm_va_block_unmap(block, thread, processor, mask)
+
+
+@step
+def uvm_va_block_unmap(block: VaBlock, thread: Thread, processor: int, mask: int) -> None:
+    """Remove one processor's mappings (uvm_va_block.c)."""
+    mask &= block.pte[processor][READ_ONLY]
+    if not mask:
+        return
+    thread.note(va=block.va, pages=mask.bit_count())
+    (block_unmap_cpu if processor == CPU else block_unmap_gpu)(block, thread, mask)
+    for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
+        block.pte[processor][prot] &= ~mask
+
+
+@step
+def block_unmap_cpu(block: VaBlock, thread: Thread, mask: int) -> None:
+    """unmap_mapping_range per contiguous run; synchronous (uvm_va_block.c)."""
+    va_space = block.range.va_space
+    costs = va_space.gpu.costs
+    table, slot = va_space.mm.table, block.slot[CPU]
+    for first, count in runs(mask):
+        thread.charge(costs.unmap_cpu_run + count * costs.unmap_cpu_page)
+        table.unmap(slot + first, count)
+
+
+@step
+def block_unmap_gpu(block: VaBlock, thread: Thread, mask: int) -> None:
+    """Clear GPU entries, invalidate the TLB, membar; the next push on the block waits for it (uvm_va_block.c)."""
+    gpu = block.range.va_space.gpu
+    written = _write_ptes(block, gpu, mask, 0)
+    downgrade_membar = gpu.costs.membar_sys if gpu.module.downgrade_force_membar_sys else gpu.costs.membar_gpu
+    _push_ptes(block, thread, gpu, written, mask, downgrade_membar + gpu.hal.extra_hshub_membars * gpu.costs.membar_gpu)
+
+
+@step
+def uvm_va_block_map(block: VaBlock, thread: Thread, processor: int, mask: int, prot: int, cause: str = "coherence") -> None:
+    """Give `processor` at least right `prot` on pages of `mask` that have a copy it can reach (uvm_va_block.c)."""
+    mask &= ~block.pte[processor][prot]
+    mask &= block.resident[CPU] if processor == CPU else block.resident[CPU] | block.resident[GPU]
+    if not mask:
+        return
+    thread.note(va=block.va, pages=mask.bit_count())
+    if processor == CPU:
+        block_map_cpu_to(block, thread, mask, prot)
+    else:
+        local = mask & block.resident[GPU]
+        if local:
+            block_map_gpu_to(block, thread, GPU, local, prot, cause)
+        if mask & ~local:
+            block_map_gpu_to(block, thread, CPU, mask & ~local, prot, cause)
+    for at_most in range(READ_ONLY, prot + 1):
+        block.pte[processor][at_most] |= mask
+
+
+@step
+def block_map_cpu_to(block: VaBlock, thread: Thread, mask: int, prot: int) -> None:
+    """Insert CPU entries page by page, once the block's GPU work is over (uvm_va_block.c)."""
+    va_space = block.range.va_space
+    thread.now = max(thread.now, block.tracker)
+    right = 1 if prot == READ_ONLY else 2
+    table, slot, frames = va_space.mm.table, block.slot[CPU], block.frames[CPU]
+    for first, count in runs(mask):
+        table.map(slot + first, count, frames[first : first + count], right)
+    thread.charge(mask.bit_count() * va_space.gpu.costs.map_cpu_page)
+
+
+@step
+def block_map_gpu_to(block: VaBlock, thread: Thread, location: int, mask: int, prot: int, cause: str) -> None:
+    """Write GPU entries that point at `location` (uvm_va_block.c)."""
+    va_space = block.range.va_space
+    gpu = va_space.gpu
+    upgraded = mask & block.pte[GPU][READ_ONLY]
+    written = _write_ptes(block, gpu, mask, prot, location)
+    _push_ptes(block, thread, gpu, written, upgraded, 0.0)
+    if location != GPU:
+        for first, count in runs(mask):
+            thread.engine.trace.span(
+                "UvmEventTypeMapRemote", "gpu", thread.now, thread.now, parent=thread.row, va=block.va + first * PAGE,
+                pages=count, bytes=count * PAGE, cause=cause,
+            )  # fmt: skip
+
+
+@step
+def uvm_va_block_revoke_prot_mask(block: VaBlock, thread: Thread, processors: tuple[int, ...], mask: int, prot: int) -> None:
+    """Take right `prot` from several processors (uvm_va_block.c)."""
+    for processor in processors:
+        uvm_va_block_revoke_prot(block, thread, processor, mask, prot)
+
+
+@step
+def uvm_va_block_revoke_prot(block: VaBlock, thread: Thread, processor: int, mask: int, prot: int) -> None:
+    """Take right `prot` and everything above it away; lower rights stay (uvm_va_block.c)."""
+    if processor == CPU and prot == READ_WRITE_ATOMIC:
+        return  # the CPU's write right is what its atomics need: nothing to take
+    mask &= block.pte[processor][prot]
+    if not mask:
+        return
+    thread.note(va=block.va, pages=mask.bit_count())
+    if processor == CPU:
+        block_revoke_cpu_write(block, thread, mask)
+    else:
+        block_revoke_prot_gpu_to(block, thread, mask, prot)
+    for level in range(prot, READ_WRITE_ATOMIC + 1):
+        block.pte[processor][level] &= ~mask
+
+
+@step
+def block_revoke_cpu_write(block: VaBlock, thread: Thread, mask: int) -> None:
+    """Unmap and map again read-only, as Linux wants it (uvm_va_block.c)."""
+    va_space = block.range.va_space
+    for first, count in runs(mask):
+        thread.charge(va_space.gpu.costs.unmap_cpu_run + count * va_space.gpu.costs.unmap_cpu_page)
+        va_space.mm.table.protect(block.slot[CPU] + first, count, 1)
+
+
+@step
+def block_revoke_prot_gpu_to(block: VaBlock, thread: Thread, mask: int, prot: int) -> None:
+    """Write lower rights over the GPU's entries and invalidate (uvm_va_block.c)."""
+    gpu = block.range.va_space.gpu
+    location = GPU if mask & block.resident[GPU] else CPU
+    _push_ptes(block, thread, gpu, _write_ptes(block, gpu, mask, prot - 1, location), mask, gpu.costs.membar_sys)
+
+
+@step
+def uvm_va_block_add_mappings_after_migration(block: VaBlock, thread: Thread, mask: int, but: int | None = None) -> None:
+    """Pages that moved: map them for every accessed-by processor but the one that is served (uvm_va_block.c)."""
+    block_map_accessed_by(block, thread, mask, but)
+
+
+@step
+def uvm_va_block_add_mappings(block: VaBlock, thread: Thread, mask: int) -> None:
+    """Map what is resident for every accessed-by processor (uvm_va_block.c)."""
+    block_map_accessed_by(block, thread, mask)
+
+
+def block_map_accessed_by(block: VaBlock, thread: Thread, mask: int, but: int | None = None) -> None:
+    """Map what accessed-by processors can reach: their own copies with every right, remote ones as PCIe allows."""
+    va_space: VaSpace = block.range.va_space
+    for processor in sorted(block.range.policy.accessed_by):
+        reach = block.resident[CPU] if processor == CPU else block.resident[CPU] | block.resident[GPU]
+        todo = mask & reach & ~block.read_duplicated & ~block.discarded
+        if processor == but or not todo:
+            continue
+        local = todo & block.resident[processor]
+        if local:
+            uvm_va_block_map(block, thread, processor, local, READ_WRITE_ATOMIC, "policy")
+        if todo & ~local:
+            prot = READ_WRITE_ATOMIC if va_space.native_atomics(processor, CPU) else READ_WRITE
+            uvm_va_block_map(block, thread, processor, todo & ~local, prot, "policy")
+
+
+def _write_ptes(block: VaBlock, gpu: Gpu, mask: int, prot: int, location: int = GPU) -> int:
+    """Update the GPU's table and return how many entries of which size had to be written."""
+    table, slot = gpu.table, block.slot[GPU]
+    for first, count in runs(mask):
+        if prot:
+            frames = block.frames[location]
+            table.map(slot + first, count, frames[first : first + count], prot)
+        else:
+            table.unmap(slot + first, count)
+    return _pte_sizes(block, mask, prot, location)
+
+
+def _pte_sizes(block: VaBlock, mask: int, prot: int, location: int) -> int:
+    """Choose 2 MiB, 64 KiB or 4 KiB entries (one contiguous chunk, one right) and count the writes.
+
+    A size change passes through an unmapped state: splitting a 2 MiB entry writes its 64 KiB or
+    4 KiB entries anew.
+    """
+    whole = block.all_pages
+    single = _single_chunk(block, location)
+    if block.pages == BLOCK_PAGES and mask == whole and prot and single and not block.cancel_4k:
+        block.pte_2m, block.big_ptes = True, 0
+        return 1
+    writes = 0
+    if block.pte_2m:
+        block.pte_2m, block.big_ptes = False, 0
+        writes += BLOCK_PAGES // BIG_PAGES
+    lead = -block.first % BIG_PAGES
+    for first, count in runs(mask):
+        low = first + (-(first - lead) % BIG_PAGES)
+        high = first + count - (first + count - lead) % BIG_PAGES
+        if low < high and not block.cancel_4k and (single or location == GPU):
+            writes += (high - low) // BIG_PAGES + (count - (high - low))
+            block.big_ptes |= region(low, high - low)
+        else:
+            writes += count
+    return writes
+
+
+def _single_chunk(block: VaBlock, location: int) -> bool:
+    """Whether one contiguous 2 MiB chunk backs the whole block at `location`."""
+    if location == GPU:
+        return block.pages == BLOCK_PAGES
+    found = block.cpu_chunks.get(0)
+    return found is not None and found[2] == BLOCK_PAGES
+
+
+def _push_ptes(block: VaBlock, thread: Thread, gpu: Gpu, writes: int, invalidated: int, membar: float) -> None:
+    """One MEMOPS push: entries, then the TLB invalidate that a downgrade or a change needs."""
+    costs = gpu.costs
+    duration = writes * costs.pte_write
+    if invalidated:
+        duration += gpu.tlb_invalidate(invalidated) + membar
+    thread.charge(costs.push)
+    _, block.tracker = gpu.memops.push(thread, duration, after=block.tracker)

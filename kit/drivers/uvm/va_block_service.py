@@ -1,0 +1,236 @@
+"""uvm_va_block.c, policy: where a faulting page goes, and one service operation on a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kit.drivers.uvm.perf_prefetch import uvm_perf_prefetch_get_hint_va_block
+from kit.drivers.uvm.perf_thrashing import thrashing_notify_revocation
+from kit.drivers.uvm.types import CPU, GPU, READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC, VaBlock
+from kit.drivers.uvm.va_block_map import (
+    uvm_va_block_add_mappings_after_migration,
+    uvm_va_block_map,
+    uvm_va_block_revoke_prot_mask,
+    uvm_va_block_unmap,
+)
+from kit.drivers.uvm.va_block_residency import (
+    BlockContext,
+    uvm_va_block_make_resident_copy,
+    uvm_va_block_make_resident_finish,
+    uvm_va_block_make_resident_read_duplicate,
+)
+from kit.sim.engine import Thread, Wait
+from kit.sim.trace import step, waiting_step
+
+__all__ = ["ServiceContext", "uvm_va_block_select_residency", "uvm_va_block_service_locked"]
+
+
+@dataclass
+class ServiceContext:
+    """uvm_service_block_context_t: one service operation, kept over its retries.
+
+    ``wanted[prot]`` are the faulting pages whose access needs that right; ``new_residency[dest]``
+    where pages go; ``pinned`` pages that thrashing pinned (page to residency).
+    """
+
+    block_context: BlockContext = field(default_factory=BlockContext)
+    num_retries: int = 0
+    faulted: int = 0
+    wanted: dict[int, int] = field(default_factory=lambda: {READ_ONLY: 0, READ_WRITE: 0, READ_WRITE_ATOMIC: 0})
+    atomics_only: int = 0
+    new_residency: dict[int, int] = field(default_factory=dict)
+    read_duplicate: int = 0
+    pinned: dict[int, int] = field(default_factory=dict)
+    prefetched: int = 0
+    did_migrate: bool = False
+
+    def reset(self) -> None:
+        """Start the operation again, keeping what the retry holds."""
+        self.faulted = self.atomics_only = self.read_duplicate = self.prefetched = 0
+        self.wanted = {READ_ONLY: 0, READ_WRITE: 0, READ_WRITE_ATOMIC: 0}
+        self.new_residency, self.pinned = {}, {}
+
+
+@step
+def uvm_va_block_select_residency(block: VaBlock, thread: Thread, context: ServiceContext, processor: int) -> None:
+    """Choose the destination of every faulting page (uvm_va_block.c).
+
+    The driver asks page by page; here the same rules in the same order act on masks.
+    """
+    block_select_processor_residency(block, thread, context, processor)
+
+
+@step
+def block_select_processor_residency(block: VaBlock, thread: Thread, context: ServiceContext, processor: int) -> None:
+    """First rule that matches decides (uvm_va_block.c; rules about HMM and other processes' mm do not arise here)."""
+    va_space, policy = block.range.va_space, block.range.policy
+    todo = context.faulted
+    chosen = {CPU: 0, GPU: 0}
+    reads = context.wanted[READ_ONLY]
+
+    def choose(destination: int, pages: int) -> None:
+        nonlocal todo
+        chosen[destination] |= todo & pages
+        todo &= ~pages
+
+    if va_space.module.fault_force_sysmem:
+        choose(CPU, todo)
+    pinned = 0
+    for index in context.pinned:
+        pinned |= 1 << index
+    may_duplicate = (block.all_pages if policy.read_duplication else 0) & ~pinned
+    context.read_duplicate |= todo & may_duplicate & reads
+    choose(processor, may_duplicate)
+    if policy.preferred_location == processor:
+        choose(processor, todo)
+    for index, residency in context.pinned.items():
+        choose(residency, 1 << index)
+    preferred = policy.preferred_location
+    reachable = preferred is not None and va_space.accessible(processor, preferred)
+    target = preferred if preferred is not None and reachable else processor
+    nowhere = ~(block.resident[CPU] | block.resident[GPU]) & block.all_pages
+    choose(target, nowhere)
+    other = 1 - processor
+    elsewhere = block.resident[other] & ~block.resident[processor]
+    if processor in policy.accessed_by:
+        choose(processor, block.resident[processor])
+        if va_space.accessible(processor, other):
+            choose(other, elsewhere)
+    if va_space.module.map_remote_on_native_atomics_fault and processor == GPU and va_space.native_atomics(GPU, other):
+        choose(other, elsewhere & context.atomics_only)
+    if preferred is not None and reachable:
+        choose(preferred, elsewhere)
+    choose(processor, todo)
+    context.new_residency = {dest: pages for dest, pages in chosen.items() if pages}
+
+
+@waiting_step
+def uvm_va_block_service_locked(block: VaBlock, thread: Thread, context: ServiceContext, processor: int) -> Wait:
+    """Prefetch, then copy and finish for each destination, the CPU first (uvm_va_block.c)."""
+    thread.note(va=block.va, pages=context.faulted.bit_count())
+    uvm_va_block_get_prefetch_hint(block, thread, context)
+    for destination in sorted(context.new_residency):
+        yield from uvm_va_block_service_copy(block, thread, context, processor, destination)
+        uvm_va_block_service_finish(block, thread, context, processor, destination)
+
+
+@step
+def uvm_va_block_get_prefetch_hint(block: VaBlock, thread: Thread, context: ServiceContext) -> None:
+    """Ask the tree, only when exactly one destination is in play (uvm_va_block.c)."""
+    if len(context.new_residency) != 1:
+        return
+    ((destination, pages),) = context.new_residency.items()
+    hint = uvm_perf_prefetch_get_hint_va_block(block, thread, destination, pages)
+    context.prefetched = hint
+    context.new_residency[destination] = pages | hint
+    if block.range.policy.read_duplication and not block.range.va_space.module.fault_force_sysmem:
+        context.read_duplicate |= hint
+
+
+@waiting_step
+def uvm_va_block_service_copy(
+    block: VaBlock, thread: Thread, context: ServiceContext, processor: int, destination: int
+) -> Wait:
+    """Read duplicates first, then pages to move; the CPU waits for copies that reach it (uvm_va_block.c)."""
+    pages, inner = context.new_residency[destination], context.block_context
+    inner.pages_changed_residency, inner.did_copy = 0, False
+    inner.dest, inner.cause = destination, "fault"
+    if pages & context.read_duplicate:
+        yield from uvm_va_block_make_resident_read_duplicate(
+            block, thread, inner, destination, pages & context.read_duplicate, context.prefetched, "fault"
+        )
+    if pages & ~context.read_duplicate:
+        yield from uvm_va_block_make_resident_copy(
+            block, thread, inner, destination, pages & ~context.read_duplicate, context.prefetched, "fault"
+        )
+    if inner.did_copy:
+        context.did_migrate = True
+        if destination == CPU:
+            thread.now = max(thread.now, block.tracker)
+
+
+@step
+def uvm_va_block_service_finish(
+    block: VaBlock, thread: Thread, context: ServiceContext, processor: int, destination: int
+) -> None:
+    """Residency, then rights: revoke, map the faulter, map accessed-by processors (uvm_va_block.c)."""
+    pages, inner = context.new_residency[destination], context.block_context
+    moved = pages & ~context.read_duplicate
+    if moved:
+        uvm_va_block_make_resident_finish(block, thread, inner, moved)
+    stayed = pages & ~inner.pages_changed_residency
+    by_prot = _compute_new_permission(block, context, pages, processor, destination)
+    block_service_finish_revoke_prot(block, thread, by_prot, stayed, processor, destination)
+    block_service_finish_map(block, thread, context, by_prot, processor)
+    if inner.pages_changed_residency & moved and block.range.policy.accessed_by:
+        block_service_finish_map_accessed_by(block, thread, inner.pages_changed_residency & moved, processor)
+    block.discarded &= ~(by_prot[READ_WRITE] | by_prot[READ_WRITE_ATOMIC])
+
+
+def _compute_new_permission(
+    block: VaBlock, context: ServiceContext, pages: int, processor: int, destination: int
+) -> dict[int, int]:
+    """Return right -> pages: what the access needs, raised where that takes nothing from anybody (query_promote)."""
+    va_space = block.range.va_space
+    atomic = pages & context.wanted[READ_WRITE_ATOMIC]
+    write = pages & context.wanted[READ_WRITE]
+    read = pages & ~atomic & ~write
+    may_duplicate = block.all_pages if block.range.policy.read_duplication else block.read_duplicated
+    contested = 0
+    for other in (CPU, GPU):
+        if not va_space.native_atomics(other, destination) and (other == CPU or va_space.gpu.hal.replayable_faults):
+            contested |= block.pte[other][READ_WRITE_ATOMIC]
+    promoted = read & ~may_duplicate & ~contested & ~block.discarded
+    read &= ~promoted
+    write |= promoted
+    if va_space.native_atomics(processor, destination):
+        write, atomic = 0, atomic | write
+    return {READ_ONLY: read, READ_WRITE: write, READ_WRITE_ATOMIC: atomic}
+
+
+@step
+def block_service_finish_revoke_prot(
+    block: VaBlock, thread: Thread, by_prot: dict[int, int], stayed: int, processor: int, destination: int
+) -> None:
+    """Pages that did not move and get more than read-only: others lose what conflicts (uvm_va_block.c)."""
+    va_space = block.range.va_space
+    for prot in (READ_WRITE, READ_WRITE_ATOMIC):
+        pages = by_prot[prot] & stayed
+        if not pages:
+            continue
+        for other in (CPU, GPU):
+            if other == processor or not block.pte[other][READ_ONLY] & pages:
+                continue
+            like_write = prot == READ_WRITE or va_space.native_atomics(processor, destination)
+            if like_write and va_space.native_atomics(other, destination):
+                continue
+            revoked = READ_WRITE_ATOMIC if like_write and other == GPU else READ_WRITE
+            taken = pages & block.pte[other][revoked]
+            if taken:
+                uvm_va_block_revoke_prot_mask(block, thread, (other,), taken, revoked)
+                thrashing_notify_revocation(block, thread, taken, other)
+
+
+@step
+def block_service_finish_map(
+    block: VaBlock, thread: Thread, context: ServiceContext, by_prot: dict[int, int], processor: int
+) -> None:
+    """Map the faulter: read-only pages, then read-write, then atomics (uvm_va_block.c)."""
+    pinned = 0
+    for index in context.pinned:
+        pinned |= 1 << index
+    for prot, pages in by_prot.items():
+        if not pages:
+            continue
+        if processor == CPU:
+            uvm_va_block_unmap(block, thread, CPU, pages)
+        if pages & pinned:
+            uvm_va_block_map(block, thread, processor, pages & pinned, prot, "thrashing")
+        if pages & ~pinned:
+            uvm_va_block_map(block, thread, processor, pages & ~pinned, prot, "policy")
+
+
+@step
+def block_service_finish_map_accessed_by(block: VaBlock, thread: Thread, pages: int, processor: int) -> None:
+    """Pages that moved: accessed-by processors are mapped again (uvm_va_block.c)."""
+    uvm_va_block_add_mappings_after_migration(block, thread, pages, but=processor)

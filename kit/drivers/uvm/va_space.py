@@ -1,0 +1,226 @@
+"""uvm_va_space.c, uvm_va_range.c, uvm.c: managed allocation, free, blocks on demand, CPU faults."""
+
+from __future__ import annotations
+
+import errno
+
+from kit.drivers.uvm.perf_thrashing import PIN, THROTTLE, uvm_perf_thrashing_get_hint
+from kit.drivers.uvm.types import (
+    ATOMIC_STRONG,
+    BLOCK_PAGES,
+    CPU,
+    GPU,
+    PAGE,
+    READ,
+    READ_ONLY,
+    READ_WRITE_ATOMIC,
+    MoreProcessingRequired,
+    VaBlock,
+    VaRange,
+    VaSpace,
+)
+from kit.drivers.uvm.va_block_map import uvm_va_block_unmap_mask
+from kit.drivers.uvm.va_block_residency import uvm_va_block_retry_deinit
+from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
+from kit.errors import DriverError
+from kit.memory.pagemask import runs
+from kit.sim.engine import Thread, Wait
+from kit.sim.trace import step, waiting_step
+
+__all__ = ["PC", "uvm_api_free", "uvm_mmap", "uvm_va_block_find_create_in_range", "uvm_va_range_block_create", "uvm_vm_fault"]
+
+PC = 0x55_5555_1000  # program counter that CPU faults report: the kit runs no real instructions
+
+
+@step
+def uvm_mmap(va_space: VaSpace, thread: Thread, nbytes: int, name: str, offset: int = 0) -> VaRange:
+    """Create a managed range of `nbytes`; nothing is populated (uvm.c).
+
+    Parameters
+    ----------
+    offset : int
+        The range starts this many bytes into a 2 MiB block.
+    """
+    thread.charge(va_space.gpu.costs.ioctl)
+    return uvm_va_range_create_mmap(va_space, thread, nbytes, name, offset)
+
+
+@step
+def uvm_va_range_create_mmap(va_space: VaSpace, thread: Thread, nbytes: int, name: str, offset: int) -> VaRange:
+    """The range and its VMA (uvm_va_range.c)."""
+    vma = va_space.mm.mmap(nbytes, name, fault=None, align=BLOCK_PAGES, offset=offset // PAGE)
+    vma.fault = lambda faulter, page, write: uvm_vm_fault(va_space, faulter, page, write)
+    slot = va_space.gpu.table.reserve(vma.first, vma.pages)
+    va_space.content.grow(slot + vma.pages)
+    va_range = VaRange(vma.first, vma.pages, vma, va_space, slot)
+    va_space.ranges.append(va_range)
+    thread.note(va=vma.first * PAGE, pages=vma.pages, bytes=nbytes)
+    return va_range
+
+
+def uvm_va_range_block_create(va_range: VaRange, thread: Thread, page: int) -> VaBlock:
+    """Return the block of `page`, creating it at first use (uvm_va_range.c)."""
+    index = page // BLOCK_PAGES
+    block = va_range.blocks.get(index)
+    if block is None:
+        first = max(index * BLOCK_PAGES, va_range.first)
+        pages = min((index + 1) * BLOCK_PAGES, va_range.end) - first
+        within = first - va_range.first
+        slots = (va_range.vma.slot + first - va_range.vma.first, va_range.slot + within)
+        block = va_range.blocks[index] = VaBlock(va_range, first, pages, slots)
+    return block
+
+
+@step
+def uvm_va_block_find_create_in_range(va_space: VaSpace, thread: Thread, page: int) -> VaBlock | None:
+    """Return the block of a faulting page, or None outside every managed range (uvm_va_block.c)."""
+    va_range = va_space.find(page)
+    return None if va_range is None else uvm_va_range_block_create(va_range, thread, page)
+
+
+@waiting_step
+def uvm_vm_fault(va_space: VaSpace, thread: Thread, page: int, write: bool) -> Wait:
+    """The VMA's fault handler (uvm.c)."""
+    yield from uvm_va_space_cpu_fault_managed(va_space, thread, page, write)
+
+
+@waiting_step
+def uvm_va_space_cpu_fault_managed(va_space: VaSpace, thread: Thread, page: int, write: bool) -> Wait:
+    """A CPU fault on managed memory (uvm_va_space.c)."""
+    yield from uvm_va_space_cpu_fault(va_space, thread, page, write)
+
+
+@waiting_step
+def uvm_va_space_cpu_fault(va_space: VaSpace, thread: Thread, page: int, write: bool) -> Wait:
+    """Find the block and serve; a throttled fault sleeps without locks and starts again (uvm_va_space.c)."""
+    thread.note(va=page * PAGE, pages=1)
+    thread.charge(va_space.gpu.costs.cpu_fault)
+    context = ServiceContext()
+    while True:
+        block = uvm_va_block_find_create_managed(va_space, thread, page)
+        until = yield from uvm_va_block_cpu_fault(block, thread, context, page, write)
+        if until is None:
+            return
+        _throttle_event(thread, "UvmEventTypeThrottlingStart", page)
+        thread.now = max(thread.now, until)
+        yield from thread.sync()
+        _throttle_event(thread, "UvmEventTypeThrottlingEnd", page)
+
+
+def _throttle_event(thread: Thread, name: str, page: int) -> None:
+    thread.engine.trace.span(name, "cpu", thread.now, thread.now, parent=thread.row, va=page * PAGE, pages=1, bytes=PAGE)
+
+
+@step
+def uvm_va_block_find_create_managed(va_space: VaSpace, thread: Thread, page: int) -> VaBlock:
+    """Return the block of a page known to be managed (uvm_va_block.c)."""
+    block = uvm_va_block_find_create_in_range(va_space, thread, page)
+    assert block is not None
+    return block
+
+
+@waiting_step
+def uvm_va_block_cpu_fault(block: VaBlock, thread: Thread, context: ServiceContext, page: int, write: bool) -> Wait:
+    """One block operation for a CPU fault; returns when to try again if it was throttled (uvm_va_block.c)."""
+    gpu = block.range.va_space.gpu
+    yield from block.lock.acquire(thread)
+    try:
+        while True:
+            try:
+                return (yield from block_cpu_fault_locked(block, thread, context, page, write))
+            except MoreProcessingRequired:
+                context.num_retries += 1
+    finally:
+        yield from block.lock.release(thread)
+        uvm_va_block_retry_deinit(context.block_context, thread, gpu)
+
+
+@waiting_step
+def block_cpu_fault_locked(block: VaBlock, thread: Thread, context: ServiceContext, page: int, write: bool) -> Wait:
+    """Permission, thrashing, destination, service: the GPU path for one page (uvm_va_block.c)."""
+    index = page - block.first
+    context.reset()
+    if not context.num_retries:
+        context.num_retries = 1
+        thread.engine.trace.span(
+            "UvmEventTypeCpuFault", "cpu", thread.now, thread.now, parent=thread.row, va=page * PAGE, pages=1,
+            cause="write" if write else "read", value=PC + (8 if write else 0),
+        )  # fmt: skip
+    if not block.range.migratable:
+        why = f"address {page * PAGE:#x} while a kernel may use it (no GPU page faults on this machine)"
+        raise DriverError(errno.EFAULT, "NV_ERR_INVALID_OPERATION, SIGBUS", "block_cpu_fault_locked", why)
+    if block.pte[CPU][READ_WRITE_ATOMIC if write else READ_ONLY] >> index & 1:
+        return None
+    hint = uvm_perf_thrashing_get_hint(block, thread, index, CPU)
+    if hint.type == THROTTLE:
+        return hint.end
+    if hint.type == PIN:
+        context.pinned[index] = hint.residency
+    access = ATOMIC_STRONG if write else READ
+    context.faulted = 1 << index
+    context.wanted[READ_WRITE_ATOMIC if write else READ_ONLY] = 1 << index
+    context.atomics_only = (1 << index) if access == ATOMIC_STRONG else 0
+    uvm_va_block_select_residency(block, thread, context, CPU)
+    yield from uvm_va_block_service_locked(block, thread, context, CPU)
+    return None
+
+
+@step
+def uvm_api_free(va_space: VaSpace, thread: Thread, va_range: VaRange) -> None:
+    """Free a managed range (uvm.c)."""
+    thread.charge(va_space.gpu.costs.ioctl)
+    uvm_free(va_space, thread, va_range)
+
+
+@step
+def uvm_free(va_space: VaSpace, thread: Thread, va_range: VaRange) -> None:
+    """Remove the range from the va_space (uvm.c)."""
+    uvm_va_range_destroy(va_space, thread, va_range)
+    va_space.ranges.remove(va_range)
+    va_space.mm.munmap(va_range.vma)
+    va_space.content.forget(va_range.slot, va_range.pages)
+
+
+@step
+def uvm_va_range_destroy(va_space: VaSpace, thread: Thread, va_range: VaRange) -> None:
+    """Destroy a range of any type (uvm_va_range.c)."""
+    uvm_va_range_destroy_managed(va_space, thread, va_range)
+
+
+@step
+def uvm_va_range_destroy_managed(va_space: VaSpace, thread: Thread, va_range: VaRange) -> None:
+    """Kill the blocks one by one (uvm_va_range.c)."""
+    for block in va_range.blocks.values():
+        uvm_va_block_kill(block, thread)
+    va_range.blocks.clear()
+
+
+@step
+def uvm_va_block_kill(block: VaBlock, thread: Thread) -> None:
+    """Take a block out of use (uvm_va_block.c)."""
+    block_kill(block, thread)
+
+
+@step
+def block_kill(block: VaBlock, thread: Thread) -> None:
+    """Unmap everybody, then give the memory of both sides back (uvm_va_block.c)."""
+    va_space = block.range.va_space
+    uvm_va_block_unmap_mask(block, thread, (CPU, GPU), block.all_pages)
+    thread.now = max(thread.now, block.tracker)
+    trace = thread.engine.trace
+    for mask, places in _places(block):
+        for first, count in runs(mask):
+            trace.move(thread.now, thread.now, block.first + first, count, places, 0, "free")
+    for chunk in list(block.gpu_chunks.values()):
+        va_space.gpu.pmm.free(thread, chunk)
+    for frame, count, _ in block.cpu_chunks.values():
+        va_space.host.free(frame, count)
+    block.gpu_chunks.clear()
+    block.cpu_chunks.clear()
+    block.resident = [0, 0]
+
+
+def _places(block: VaBlock) -> list[tuple[int, int]]:
+    """Return (pages, residency mask) for every kind of residency in the block."""
+    cpu, gpu = block.resident[CPU], block.resident[GPU]
+    return [(cpu & ~gpu, 1 << CPU), (gpu & ~cpu, 1 << GPU), (cpu & gpu, 1 << CPU | 1 << GPU)]
