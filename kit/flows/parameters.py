@@ -99,7 +99,7 @@ class Parameters(BaseModel):
     @classmethod
     def rows(cls) -> Iterator[dict[str, Any]]:
         """Yield one row a parameter: name, type, default, unit, group, choices, programs, help, bounds."""
-        for name, info in sorted(cls.model_fields.items(), key=lambda item: GROUPS.index(extra(item[1])["group"])):
+        for name, info in sorted(cls.model_fields.items(), key=lambda item: _group_rank(extra(item[1])["group"])):
             default = info.get_default(call_default_factory=True)  # type: ignore[call-arg]
             yield {
                 "name": name,
@@ -111,6 +111,11 @@ class Parameters(BaseModel):
                 "le": _bound(info, "le", "lt"),
                 **extra(info),
             }
+
+
+def _group_rank(group: str) -> int:
+    """Known headings come in their fixed order, a flow's own ones after them."""
+    return GROUPS.index(group) if group in GROUPS else len(GROUPS)
 
 
 def extra(info: FieldInfo) -> dict[str, Any]:

@@ -35,23 +35,22 @@ class Content:
         """Mark pages as written."""
         self.dirty[slots] = True
 
-    def settle(self, first: int, count: int, frames: Frames, frame_of: NDArray[np.int32]) -> None:
-        """Put the content of written pages among `count` pages from slot `first` into their frames.
+    def settle(self, slots: NDArray[np.int64], frames: Frames, where: NDArray[np.int32]) -> None:
+        """Put the content of written pages into the frames that hold them.
 
         Parameters
         ----------
-        frame_of : ndarray of int32, shape (count,)
-            The frame in `frames` of each page; pages without one (-1) stay marked.
+        slots : ndarray of int64, shape (n,)
+            Pages, all written, each once.
+        where : ndarray of int32, shape (n,)
+            The frame in `frames` of each page.
         """
-        dirty = self.dirty[first : first + count]
-        where = np.flatnonzero(dirty & (frame_of >= 0))
-        if not len(where):
-            return
-        self._version += 1
-        stamps = np.uint64(self._version << 36) | (where + first + 1).astype(np.uint64)
-        self.stamps[first + where] = stamps
-        frames.write(frame_of[where], stamps)
-        dirty[where] = False
+        if len(slots):
+            self._version += 1
+            stamps = np.uint64(self._version << 36) | (slots + 1).astype(np.uint64)
+            self.stamps[slots] = stamps
+            frames.write(where, stamps)
+            self.dirty[slots] = False
 
     def forget(self, first: int, count: int) -> None:
         """The pages were freed: they hold nothing any more."""

@@ -57,16 +57,17 @@ class Engine:
 
 
 class Thread:
-    """One actor: a clock of its own, a stack of open spans."""
+    """One actor: a clock of its own (``now``, microseconds), a stack of open spans."""
 
-    __slots__ = ("_actor", "_env", "_trace", "engine", "name", "now", "stack")
+    __slots__ = ("_actor", "_env", "_trace", "engine", "keys", "name", "now", "spans", "stack")
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine, self.name = engine, name
-        self._env, self._trace = engine.env, engine.trace
+        self._env, self._trace, self.spans = engine.env, engine.trace, engine.trace.spans
         self._actor = engine.trace.actors(name)
         self.now: float = float(engine.env.now)
-        self.stack: list[int] = []
+        self.stack: list[int] = [-1]
+        self.keys: dict[str, int] = {}
 
     def charge(self, microseconds: float) -> None:
         """Spend time on this actor's own clock."""
@@ -74,26 +75,35 @@ class Thread:
             microseconds *= 1.0 + self.engine.jitter * float(self.engine.rng.random())
         self.now += microseconds
 
+    def key(self, name: str) -> int:
+        """Return this actor's span key of step `name`."""
+        found = self.keys[name] = self._trace.steps(name) << 8 | self._actor
+        return found
+
     def enter(self, name: str) -> int:
         """Open a span named `name` under the running one."""
-        trace = self._trace
-        row = trace.open(trace.steps(name), self._actor, self.stack[-1] if self.stack else -1, self.now)
-        self.stack.append(row)
+        spans, stack = self.spans, self.stack
+        row = len(spans.end)
+        spans.end.append(0.0)
+        spans.start.append(self.now)
+        spans.key.append(self.keys.get(name) or self.key(name))
+        spans.parent.append(stack[-1])
+        stack.append(row)
         return row
 
     def leave(self, row: int) -> None:
         """Close the running span."""
         self.stack.pop()
-        self._trace.close(row, self.now)
+        self.spans.end[row] = self.now
 
-    def note(self, **facts: Any) -> None:
+    def note(self, **facts: float | str) -> None:
         """Fill in what the running step has learned about itself (see `Trace.note`)."""
         self._trace.note(self.stack[-1], **facts)
 
     @property
     def row(self) -> int:
         """Row number of the running span, -1 outside any."""
-        return self.stack[-1] if self.stack else -1
+        return self.stack[-1]
 
     def sync(self) -> Wait:
         """Let everybody else catch up with this actor's clock."""

@@ -2,8 +2,8 @@
 
 *Spans* say which step ran when, on which actor, under which parent, over which pages.
 *Moves* say where runs of pages went, enough to tell where every page was at any moment.
-Rows live in flat ``array('d')`` buffers (88 and 56 bytes a row): an append costs a fraction of a
-microsecond and the numpy view costs nothing. Doubles hold every address below 2**53 exactly.
+Columns live in ``array`` buffers: an append costs tens of nanoseconds and a numpy array is one copy
+away. Doubles hold every address below 2**53 exactly.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ __all__ = ["MOVE_COLUMNS", "SPAN_COLUMNS", "Moves", "Names", "Spans", "Trace", "
 
 SPAN_COLUMNS = ("start", "end", "step", "actor", "parent", "va", "pages", "bytes", "cause", "status", "value")
 MOVE_COLUMNS = ("start", "end", "first_page", "pages", "src", "dst", "cause")
-_W, _M = len(SPAN_COLUMNS), len(MOVE_COLUMNS)
-_END, _VA, _PAGES, _BYTES, _CAUSE, _STATUS, _VALUE = (
-    SPAN_COLUMNS.index(c) for c in ("end", "va", "pages", "bytes", "cause", "status", "value")
-)
+_COMPACT = 1 << 17
+_STEP_SHIFT = 8  # a span's key is step << 8 | actor
+_COLUMN = {name: at for at, name in enumerate(SPAN_COLUMNS)}
+_FACTS = _COLUMN["va"]  # columns from here on are facts that only some spans have
+_WIDTH = 1 + len(SPAN_COLUMNS) - _FACTS
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -43,38 +44,55 @@ class Names:
         return found
 
 
-class _Table:
-    """Rows of doubles under fixed column names."""
-
-    columns: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        self.rows = array("d")
-
-    def __len__(self) -> int:
-        return len(self.rows) // len(self.columns)
-
-    def array(self) -> NDArray[np.float64]:
-        """Return a copy of all rows, shape (rows, columns)."""
-        return np.array(self.rows, dtype=np.float64).reshape(-1, len(self.columns))
-
-    def column(self, name: str) -> NDArray[np.float64]:
-        """Return a copy of one column, shape (rows,)."""
-        return np.array(self.rows[self.columns.index(name) :: len(self.columns)], dtype=np.float64)
-
-
-class Spans(_Table):
+class Spans:
     """One row per executed step or hardware activity; times in microseconds.
 
     ``step``, ``actor``, ``cause`` and ``status`` are ids into the trace's `Names`; ``parent`` is a
     row number or -1; ``va`` a virtual address in bytes or -1; ``value`` is what the profiler
-    reports beside the bytes (faults in a group, program counter).
+    reports beside the bytes (faults in a group, program counter). What only some spans say about
+    themselves (every column from ``va`` on) is kept as sparse facts until `array` is asked for.
     """
 
     columns = SPAN_COLUMNS
 
+    def __init__(self) -> None:
+        self.start, self.end = array("d"), array("d")
+        self.key, self.parent = array("q"), array("q")
+        self.said: list[tuple[int, dict[str, float]]] = []  # (row, facts) of running steps
+        self.whole = array("d")  # row and every fact of finished spans, _WIDTH doubles each
 
-class Moves(_Table):
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def array(self) -> NDArray[np.float64]:
+        """Return all rows as a new array, shape (rows, columns)."""
+        rows = np.zeros((len(self), len(SPAN_COLUMNS)))
+        rows[:, _COLUMN["va"]] = -1
+        if len(self):
+            rows[:, 0], rows[:, 1] = self.start, self.end
+            key = np.array(self.key)
+            rows[:, 2], rows[:, 3] = key >> _STEP_SHIFT, key & ((1 << _STEP_SHIFT) - 1)
+            rows[:, 4] = self.parent
+        whole = np.array(self.whole).reshape(-1, _WIDTH)
+        rows[whole[:, 0].astype(np.int64), _FACTS:] = whole[:, 1:]
+        for row, facts in self.said:
+            for name, fact in facts.items():
+                rows[row, _COLUMN[name]] = fact
+        return rows
+
+    def compact(self) -> None:
+        """Turn what steps said so far into plain numbers (dictionaries are fast to make, but large)."""
+        rows = self.array()[[row for row, _ in self.said]] if self.said else np.zeros((0, len(SPAN_COLUMNS)))
+        numbers = np.array([row for row, _ in self.said], dtype=np.float64)[:, None]
+        self.whole.frombytes(np.hstack([numbers, rows[:, _FACTS:]]).tobytes())
+        self.said.clear()
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """Return one column as a new array, shape (rows,)."""
+        return self.array()[:, _COLUMN[name]].copy()
+
+
+class Moves:
     """One row per run of pages that changed place.
 
     Between ``start`` and ``end`` (microseconds) the pages are in flight; ``src`` and ``dst`` are
@@ -83,6 +101,20 @@ class Moves(_Table):
     """
 
     columns = MOVE_COLUMNS
+
+    def __init__(self) -> None:
+        self.rows = array("d")
+
+    def __len__(self) -> int:
+        return len(self.rows) // len(MOVE_COLUMNS)
+
+    def array(self) -> NDArray[np.float64]:
+        """Return all rows as a new array, shape (rows, columns)."""
+        return np.array(self.rows, dtype=np.float64).reshape(-1, len(MOVE_COLUMNS))
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """Return one column as a new array, shape (rows,)."""
+        return self.array()[:, MOVE_COLUMNS.index(name)].copy()
 
 
 class Trace:
@@ -112,50 +144,34 @@ class Trace:
         value: float = 0,
     ) -> int:
         """Append one finished span and return its row number."""
-        rows = self.spans.rows
-        row = len(rows) // _W
-        rows.extend((
-            start, end, self.steps(step), self.actors(actor), parent, va, pages, bytes,
-            self.causes(cause), self.statuses(status), value,
-        ))  # fmt: skip
+        row = self.open(self.steps(step), self.actors(actor), parent, start)
+        self.spans.end[row] = end
+        self.spans.whole.extend((row, va, pages, bytes, self.causes(cause), self.statuses(status), value))
         return row
 
-    def open(self, step_id: int, actor_id: int, parent: int, start: float, va: int = -1, pages: int = 0) -> int:
+    def open(self, step_id: int, actor_id: int, parent: int, start: float) -> int:
         """Append a span that is still running; `close` sets its end."""
-        rows = self.spans.rows
-        row = len(rows) // _W
-        rows.extend((start, start, step_id, actor_id, parent, va, pages, 0, 0, 0, 0))
+        spans = self.spans
+        row = len(spans.start)
+        spans.start.append(start)
+        spans.end.append(start)
+        spans.key.append(step_id << _STEP_SHIFT | actor_id)
+        spans.parent.append(parent)
         return row
 
     def close(self, row: int, end: float) -> None:
         """Set the end of an open span."""
-        self.spans.rows[row * _W + _END] = end
+        self.spans.end[row] = end
 
-    def note(
-        self,
-        row: int,
-        *,
-        va: int | None = None,
-        pages: int | None = None,
-        bytes: int | None = None,
-        cause: str | None = None,
-        status: str | None = None,
-        value: float | None = None,
-    ) -> None:
-        """Fill in what a running step has learned about itself."""
-        rows, base = self.spans.rows, row * _W
-        if va is not None:
-            rows[base + _VA] = va
-        if pages is not None:
-            rows[base + _PAGES] = pages
-        if bytes is not None:
-            rows[base + _BYTES] = bytes
-        if cause is not None:
-            rows[base + _CAUSE] = self.causes(cause)
-        if status is not None:
-            rows[base + _STATUS] = self.statuses(status)
-        if value is not None:
-            rows[base + _VALUE] = value
+    def note(self, row: int, **facts: float | str) -> None:
+        """Fill in what a running step has learned about itself: columns of `SPAN_COLUMNS` from ``va`` on."""
+        for name in ("cause", "status"):
+            word = facts.get(name)
+            if isinstance(word, str):
+                facts[name] = self.causes(word) if name == "cause" else self.statuses(word)
+        self.spans.said.append((row, cast("dict[str, float]", facts)))
+        if len(self.spans.said) >= _COMPACT:
+            self.spans.compact()
 
     def move(self, start: float, end: float, first_page: int, pages: int, src: int, dst: int, cause: str = "") -> None:
         """Append a run of pages going from residency mask `src` to `dst`."""
@@ -186,33 +202,44 @@ class Trace:
 
 
 def step(function: F) -> F:
-    """Record a driver method as a span named after it.
+    """Record a driver function as a span named after it.
 
-    The method's first argument after ``self`` is the `Thread` that runs it; its clock gives start
-    and end, its stack the parent.
+    Its second argument is the `Thread` that runs it: the clock gives start and end, the stack the
+    parent. This wrapper runs tens of times for one fault, so it touches the columns directly.
     """
     name = function.__name__
 
     @wraps(function)
-    def recorded(self: Any, thread: Any, *args: Any, **kwargs: Any) -> Any:
-        row = thread.enter(name)
+    def recorded(subject: Any, thread: Any, *args: Any, **kwargs: Any) -> Any:
+        stack, spans = thread.stack, thread.spans
+        ends = spans.end
+        row = len(ends)
+        ends.append(0.0)
+        spans.start.append(thread.now)
         try:
-            return function(self, thread, *args, **kwargs)
+            spans.key.append(thread.keys[name])
+        except KeyError:
+            spans.key.append(thread.key(name))
+        spans.parent.append(stack[-1])
+        stack.append(row)
+        try:
+            return function(subject, thread, *args, **kwargs)
         finally:
-            thread.leave(row)
+            stack.pop()
+            ends[row] = thread.now
 
     return cast(F, recorded)
 
 
 def waiting_step(function: F) -> F:
-    """`step` for a method that waits: a generator to be driven with ``yield from``."""
+    """`step` for a function that waits: a generator to be driven with ``yield from``."""
     name = function.__name__
 
     @wraps(function)
-    def recorded(self: Any, thread: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+    def recorded(subject: Any, thread: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         row = thread.enter(name)
         try:
-            return (yield from function(self, thread, *args, **kwargs))
+            return (yield from function(subject, thread, *args, **kwargs))
         finally:
             thread.leave(row)
 

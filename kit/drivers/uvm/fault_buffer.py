@@ -68,7 +68,7 @@ class FaultBuffer:
     def arrived(self, now: float) -> int:
         """Return PUT as the hardware shows it at time `now`: entries that have arrived by then."""
         count = self.put - self.get
-        if not count:
+        if not count or self.last_time <= now:
             return self.put
         times = self.ring["time"][(self.get + np.arange(count)) % self.entries]
         return self.get + int(np.searchsorted(times, now, side="right"))

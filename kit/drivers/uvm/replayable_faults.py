@@ -182,11 +182,13 @@ def service_fault_batch_block_locked(
     pages = batch.page[start:end] - block.first
     access = batch.access[start:end]
     first = np.ones(len(pages), dtype=bool)
-    first[1:] = pages[1:] != pages[:-1]
-    thread.note(va=block.va, pages=int(first.sum()), value=int(batch.instances[start:end].sum()))
-    thread.charge(int(first.sum()) * gpu.costs.service_fault)
+    if len(pages) > 1:
+        first[1:] = pages[1:] != pages[:-1]
+    distinct, instances = int(np.count_nonzero(first)), int(batch.instances[start:end].sum())
+    thread.note(va=block.va, pages=distinct, value=instances)
+    thread.charge(distinct * gpu.costs.service_fault)
     if not context.num_retries:
-        update_batch_and_notify_fault(gpu, thread, batch, start, end, first)
+        update_batch_and_notify_fault(gpu, thread, batch, instances - distinct)
     allowed = check_fault_access_permissions(gpu, thread, batch, block, start, end, first)
     _wanted(context, pages[allowed], access[allowed])
     rights = block.pte[GPU]
@@ -205,6 +207,11 @@ def service_fault_batch_block_locked(
 
 def _wanted(context: ServiceContext, pages: NDArray[np.int64], access: NDArray[np.int8]) -> None:
     """Sort faulting pages by the right that their strongest access needs."""
+    if len(pages) == 1:
+        mask = 1 << int(pages[0])
+        context.wanted[int(REQUIRED_PROT[access[0]])] = mask
+        context.atomics_only = mask if access[0] >= ATOMIC_WEAK else 0
+        return
     needed = REQUIRED_PROT[access]
     for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
         context.wanted[prot] = from_pages(pages[needed == prot])
@@ -227,12 +234,9 @@ def _thrashing_hints(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock
 
 
 @step
-def update_batch_and_notify_fault(
-    gpu: Gpu, thread: Thread, batch: FaultBatch, start: int, end: int, first: NDArray[np.bool_]
-) -> None:
+def update_batch_and_notify_fault(gpu: Gpu, thread: Thread, batch: FaultBatch, duplicates: int) -> None:
     """Count duplicates: merged instances, and same-page entries that the sort brought together."""
-    instances = int(batch.instances[start:end].sum())
-    batch.num_duplicates += instances - int(first.sum())
+    batch.num_duplicates += duplicates
 
 
 @step

@@ -159,6 +159,9 @@ class StreamKernel:
 
     def _faults(self, missed: NDArray[np.int64], again: int, spent: float) -> Misses:
         """Merge misses of one uTLB on one page with the same access; those that tried again come first."""
+        if len(missed) == 1:
+            delay = np.array([0.0 if again else spent])
+            return Misses(self.pages[missed], self.access[missed], (missed % self.lanes % self.utlbs).astype(np.int32), delay)
         utlb = (missed % self.lanes) % self.utlbs
         key = (self.pages[missed] * self.utlbs + utlb) * 8 + self.access[missed]
         order = np.argsort(key, kind="stable")

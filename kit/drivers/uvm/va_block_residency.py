@@ -376,16 +376,16 @@ def block_settle(block: VaBlock) -> None:
     """Bring the program's writes into the frames that hold the pages now."""
     va_space = block.range.va_space
     content, slot = va_space.content, block.slot[GPU]
-    if not content.dirty[slot : slot + block.pages].any():
+    dirty = np.flatnonzero(content.dirty[slot : slot + block.pages])
+    if not len(dirty):
         return
     if block.clean:
-        block.clean &= ~from_pages(np.flatnonzero(content.dirty[slot : slot + block.pages]))
+        block.clean &= ~from_pages(dirty)
     for processor, pool in ((CPU, va_space.host), (GPU, va_space.gpu.frames)):
         held = block.resident[processor]
         if held:
-            frames = block.frames[processor].copy()
-            frames[~bools(held, block.pages)] = -1
-            content.settle(slot, block.pages, pool, frames)
+            mine = dirty if held == block.all_pages else dirty[bools(held, block.pages)[dirty]]
+            content.settle(slot + mine, pool, block.frames[processor][mine])
 
 
 def _mappers(block: VaBlock) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""Papermill runs, sweeps and the pages that lead to their results."""

@@ -1,0 +1,96 @@
+"""Reports of executed notebooks: HTML that needs no network, and a picture for the index."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from typing import Any
+
+__all__ = ["html_report", "network_references", "thumbnail"]
+
+# nbconvert's page without the four scripts that it would load from a content network.
+_TEMPLATE = """{% extends 'lab/index.html.j2' %}
+{% block html_head_js %}{% endblock %}
+{% block jupyter_widgets %}{% endblock %}
+{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+"""
+_LOADED = re.compile(
+    r"""<(?:script|img|iframe|video|audio|source|embed|link|object)\b[^>]*?\b(?:src|href|data)\s*=\s*["']?\s*"""
+    r"""((?:https?:)?//[^"'\s>]+)|@import\s+(?:url\()?["']?\s*((?:https?:)?//[^"')\s]+)"""
+    r"""|\burl\(\s*["']?\s*((?:https?:)?//[^"')\s]+)|\b(?:import\s*\(?|from)\s*["'](https?://[^"']+)""",
+    re.IGNORECASE,
+)
+_INLINE_PNG = re.compile(r'src="data:image/png;base64,([A-Za-z0-9+/=\s]+)"')
+_ALT = re.compile(r'\balt="([^"]*)"')
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def network_references(html: str) -> list[str]:
+    """Return the addresses that a browser would fetch by itself when it shows `html`."""
+    return [next(filter(None, groups)) for groups in _LOADED.findall(html)]
+
+
+def html_report(notebook: Any, title: str) -> str:
+    """Return an executed notebook as one HTML page that loads nothing.
+
+    Parameters
+    ----------
+    notebook : nbformat.NotebookNode
+        The executed notebook; its widgets are shown as the text that stands in for them.
+    title : str
+        Title of the page.
+    """
+    from copy import deepcopy
+
+    from nbconvert.exporters.html import HTMLExporter
+
+    shown = deepcopy(notebook)
+    shown.metadata.pop("widgets", None)
+    shown.metadata["title"] = title
+    for output in _outputs(shown):
+        output.get("data", {}).pop(_WIDGET, None)
+    make: Any = HTMLExporter  # its constructor is not typed
+    page, _resources = make(raw_template=_TEMPLATE, embed_images=True).from_notebook_node(shown)
+    return str(page)
+
+
+def _outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def _picture(notebook: Any) -> tuple[bytes, str] | None:
+    """Return the notebook's first picture as PNG, and its text alternative."""
+    for output in _outputs(notebook):
+        data = output.get("data", {})
+        html = "".join(data.get("text/html", ""))
+        alt = _ALT.search(html)
+        inline = _INLINE_PNG.search(html)
+        found = data.get("image/png") or (inline and inline[1])
+        if found:
+            return base64.b64decode("".join(found)), alt[1] if alt else ""
+    return None
+
+
+def thumbnail(notebook: Any, width: int = 480) -> tuple[str, str] | None:
+    """Return the first picture of an executed notebook, made small.
+
+    Returns
+    -------
+    tuple of str, or None
+        A ``data:`` address and the text alternative (as HTML); None when there is no picture.
+    """
+    found = _picture(notebook)
+    if found is None:
+        return None
+    from matplotlib import image
+
+    png, alt = found
+    scale = min(1.0, width / image.imread(io.BytesIO(png), format="png").shape[1])
+    small = io.BytesIO()
+    if scale < 1:
+        image.thumbnail(io.BytesIO(png), small, scale=scale)
+    else:
+        small.write(png)
+    return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode("ascii"), alt

@@ -1,0 +1,144 @@
+"""What the host program, the driver and the hardware did when: one lane each, and the overview."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kit.report.figures.figure import Figure, canvas, finish, nothing
+from kit.report.figures.residency import draw_map, residency_words
+from kit.report.figures.window import COLUMN, Window, busy, spans_of, window_of, window_of_batch
+from kit.report.language import INK, LANES, Lane, say_count, say_time, style, time_unit
+
+if TYPE_CHECKING:
+    from kit.flows.run import Run
+
+__all__ = ["draw_lanes", "lane_rows", "one_batch", "overview", "timeline", "timeline_words"]
+
+_BARS = 1200  # more spans than this in a lane become one strip of shaded cells
+_CELLS = 1800
+_UNDER = "#e6e6ea"
+
+
+def timeline(run: Run, stage: str = "") -> Figure:
+    """Draw the lanes over simulated time: of one stage, or of the whole run."""
+    window = window_of(run, stage)
+    if not len(run.trace.spans):
+        return nothing("timeline", "Nothing has happened yet: no step of the driver, no activity of the hardware.")
+    with style():
+        drawn = canvas(280)
+        draw_lanes(drawn.subplots(), run, window)
+        return finish(drawn, "timeline", "What ran when, one lane an actor.", timeline_words(run, window))
+
+
+def one_batch(run: Run, batch: int = 0) -> Figure:
+    """Draw the lanes around one fault batch, counted from 0: fetch, service, copies, and the GPU waiting."""
+    window = window_of_batch(run, batch)
+    if window is None:
+        return nothing("one_batch", f"This run has no fault batch number {batch}: the GPU did not fault so often.")
+    with style():
+        drawn = canvas(230)
+        axes = drawn.subplots()
+        draw_lanes(axes, run, window)
+        axes.set_title(f"Fault batch {batch}, {say_time(window.length / 1.16)} from the first fault to the last copy")
+        return finish(drawn, "one_batch", "One fault batch, up close.", timeline_words(run, window))
+
+
+def overview(run: Run, stage: str = "") -> Figure:
+    """Draw the residency map above the lanes, both on one time axis: of one stage, or of the whole run."""
+    window = window_of(run, stage)
+    if not len(run.trace.moves):
+        return timeline(run, stage)
+    with style():
+        drawn = canvas(590)
+        above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        draw_map(above, run, window)
+        above.tick_params(labelbottom=False)
+        draw_lanes(below, run, window)
+        caption = (
+            "Above: where every page is, one row a page. Below: what ran at the same time. "
+            "Where a pixel mixes places, so does its colour."
+        )
+        return finish(drawn, "overview", caption, f"{residency_words(run, window)} {timeline_words(run, window)}")
+
+
+def lane_rows(run: Run, table: NDArray[np.float64], lane: Lane) -> NDArray[np.float64]:
+    """Return the spans that a lane shows: all of its steps, or the first of them that the trace holds."""
+    if lane.together:
+        return spans_of(run.trace, table, lane.steps, lane.actor)
+    found = table[:0]
+    for name in lane.steps:
+        found = spans_of(run.trace, table, (name,), lane.actor)
+        if len(found):
+            break
+    return found
+
+
+def draw_lanes(axes: Any, run: Run, window: Window) -> None:
+    """Draw every lane into `axes`, whose x axis is simulated time in the fitting unit."""
+    unit = time_unit(window.end)
+    table = window.holds(run.trace.spans.array())
+    for row, lane in enumerate(LANES):
+        rows = lane_rows(run, table, lane)
+        if lane.under:
+            _bars(axes, spans_of(run.trace, table, (lane.under,)), row, _UNDER, window, unit.size)
+        plain = rows
+        if lane.accent_cause:
+            marked = rows[:, COLUMN["cause"]] == run.trace.causes.ids.get(lane.accent_cause, -1)
+            plain = rows[~marked]
+            _bars(axes, rows[marked], row, lane.accent_colour, window, unit.size)
+        _bars(axes, plain, row, lane.colour, window, unit.size)
+        if lane.accent:
+            _bars(axes, spans_of(run.trace, table, lane.accent), row, lane.accent_colour, window, unit.size)
+        if lane.steps == ("host_program",):
+            _stage_names(axes, run, rows, row, window, unit.size)
+    axes.set_yticks(range(len(LANES)), [lane.name for lane in LANES])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(LANES) - 0.4, -0.6)
+    axes.set_xlim(window.start / unit.size, window.end / unit.size)
+    axes.set_xlabel(f"simulated time ({unit.word})")
+
+
+def _bars(axes: Any, rows: NDArray[np.float64], row: int, colour: str, window: Window, unit: float) -> None:
+    """Draw spans as bars, or as one shaded strip when they are too many to be told apart."""
+    if not len(rows):
+        return
+    starts, ends = rows[:, COLUMN["start"]], rows[:, COLUMN["end"]]
+    if len(rows) > _BARS:
+        share = busy(starts - window.start, ends - window.start, window.length, _CELLS)
+        rgba = np.zeros((1, _CELLS, 4))
+        rgba[0, :, :3] = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        rgba[0, :, 3] = np.where(share > 0, np.maximum(share, 0.25), 0)
+        extent = (window.start / unit, window.end / unit, row + 0.38, row - 0.38)
+        axes.imshow(rgba, extent=extent, aspect="auto", interpolation="nearest", zorder=2)
+        return
+    widths = np.maximum(ends - starts, window.length / 900)
+    axes.broken_barh(
+        list(zip(starts / unit, widths / unit, strict=True)), (row - 0.38, 0.76), facecolor=colour, edgecolor="white",
+        linewidth=0.35, zorder=2,
+    )  # fmt: skip
+
+
+def _stage_names(axes: Any, run: Run, rows: NDArray[np.float64], row: int, window: Window, unit: float) -> None:
+    """Write each stage's name into its bar, where the bar is wide enough to hold it."""
+    for line in rows[:200]:
+        name = run.trace.causes.words[int(line[COLUMN["cause"]])].replace("_", " ")
+        start, stop = max(line[COLUMN["start"]], window.start), min(line[COLUMN["end"]], window.end)
+        if (stop - start) / window.length > 0.009 * len(name):
+            axes.text((start + stop) / 2 / unit, row, name, ha="center", va="center", fontsize=9, color=INK, zorder=3)
+
+
+def timeline_words(run: Run, window: Window) -> str:
+    """Say what each lane shows: how many spans, and for how long any of them ran."""
+    table = window.holds(run.trace.spans.array())
+    parts = []
+    for lane in LANES:
+        rows = lane_rows(run, table, lane)
+        if len(rows):
+            covered = (
+                float(busy(rows[:, 0] - window.start, rows[:, 1] - window.start, window.length, 1)[0]) * window.length
+            )
+            parts.append(f"{lane.name} {say_count(len(rows), 'span')} ({say_time(covered)})")
+    return "Lanes: " + ("; ".join(parts) if parts else "nothing ran") + "."
