@@ -63,8 +63,8 @@ class FakeFlow:
             Machine("fake", "A machine", "none", {}, {}), [Allocation("x", 4096, 8192)], [("all", 0.0, 1.0)],
         )  # fmt: skip
 
-    def open(self, parameters: Any) -> tuple[str, Any]:
-        return "opened", parameters
+    def open(self, parameters: Any, scenario: str = "") -> tuple[str, Any]:
+        return scenario, parameters
 
 
 FLOW = FakeFlow()

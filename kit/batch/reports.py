@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = ["html_report", "network_references", "thumbnail"]
@@ -60,8 +61,8 @@ def _outputs(notebook: Any) -> list[Any]:
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
-def _picture(notebook: Any) -> tuple[bytes, str] | None:
-    """Return the notebook's first picture as PNG, and its text alternative."""
+def _pictures(notebook: Any) -> Iterator[tuple[bytes, str]]:
+    """Yield the notebook's pictures as PNG, each with its text alternative."""
     for output in _outputs(notebook):
         data = output.get("data", {})
         html = "".join(data.get("text/html", ""))
@@ -69,24 +70,28 @@ def _picture(notebook: Any) -> tuple[bytes, str] | None:
         inline = _INLINE_PNG.search(html)
         found = data.get("image/png") or (inline and inline[1])
         if found:
-            return base64.b64decode("".join(found)), alt[1] if alt else ""
-    return None
+            yield base64.b64decode("".join(found)), alt[1] if alt else ""
+
+
+def _pixels(png: bytes) -> int:
+    """Return width times height, which every PNG says in its first chunk."""
+    return int.from_bytes(png[16:20], "big") * int.from_bytes(png[20:24], "big")
 
 
 def thumbnail(notebook: Any, width: int = 480) -> tuple[str, str] | None:
-    """Return the first picture of an executed notebook, made small.
+    """Return the largest picture of an executed notebook, made small; of equals the last, which shows most.
 
     Returns
     -------
     tuple of str, or None
         A ``data:`` address and the text alternative (as HTML); None when there is no picture.
     """
-    found = _picture(notebook)
-    if found is None:
+    found = list(_pictures(notebook))
+    if not found:
         return None
     from matplotlib import image
 
-    png, alt = found
+    png, alt = max(reversed(found), key=lambda picture: _pixels(picture[0]))
     scale = min(1.0, width / image.imread(io.BytesIO(png), format="png").shape[1])
     small = io.BytesIO()
     if scale < 1:

@@ -80,10 +80,11 @@ def plan(flow: str = "", scenario: str = "", everything: bool = False) -> list[J
     return jobs
 
 
-def execute(job: Job, folder: Path, progress: bool = True) -> dict[str, Any]:
+def execute(job: Job, folder: Path, place: Path, progress: bool = True) -> dict[str, Any]:
     """Execute one job, leave its files in `folder`, and return its row of the summary.
 
-    The files are ``<scenario>.ipynb``, ``.html``, ``.json`` (result) and ``.events.csv``.
+    The files are ``<scenario>.ipynb``, ``.html``, ``.json`` (result) and ``.events.csv``. What they
+    say of their own paths holds once they are in `place`.
 
     Raises
     ------
@@ -97,13 +98,14 @@ def execute(job: Job, folder: Path, progress: bool = True) -> dict[str, Any]:
     from kit.batch.reports import html_report, thumbnail
 
     logging.getLogger("papermill").setLevel(logging.WARNING)  # what it says of progress is on the terminal already
+    folder = folder.resolve()
     target, result = folder / f"{job.scenario}.ipynb", folder / f"{job.scenario}.json"
     begun = time.perf_counter()
     try:
-        notebook = papermill.execute_notebook(
+        papermill.execute_notebook(
             str(job.notebook),
             str(target),
-            parameters={**job.parameters, "result_path": str(result.resolve())},
+            parameters={**job.parameters, "result_path": str(result)},
             progress_bar={"desc": f"{job.flow} {job.scenario}", "file": sys.stderr} if progress else False,
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # ipykernel warns of plain TCP
         )
@@ -113,6 +115,8 @@ def execute(job: Job, folder: Path, progress: bool = True) -> dict[str, Any]:
     if not result.is_file():
         raise ScenarioError(f"{job.flow} {job.scenario}: the notebook wrote no result to its result_path")
     outcome = json.loads(result.read_text("utf-8"))
+    target.write_text(target.read_text("utf-8").replace(str(folder), str(place)), "utf-8")
+    notebook = papermill.iorw.load_notebook_node(str(target))
     (folder / f"{job.scenario}.events.csv").write_text(events_csv(outcome["events"]), "utf-8")
     (folder / f"{job.scenario}.html").write_text(html_report(notebook, f"{job.flow}: {job.scenario}"), "utf-8")
     picture = thumbnail(notebook)
@@ -122,8 +126,13 @@ def execute(job: Job, folder: Path, progress: bool = True) -> dict[str, Any]:
 
 def _reason(wrong: BaseException) -> str:
     """Return what went wrong in the notebook in one line: a cell's error, not papermill's page about it."""
-    name, value = getattr(wrong, "ename", ""), getattr(wrong, "evalue", "")
-    return " ".join((f"{name}: {value}" if name else str(wrong)).split()) or type(wrong).__name__
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(wrong, PapermillExecutionError):
+        text = f"cell [{wrong.exec_count}]: {wrong.ename}: {wrong.evalue}"
+    else:
+        text = f"{type(wrong).__name__}: {wrong}"
+    return " ".join(text.split())
 
 
 def events_csv(events: Iterable[Mapping[str, Any]]) -> str:
@@ -146,7 +155,7 @@ def run_batch(jobs: Sequence[Job], out: Path, progress: bool = True) -> int:
         begun = time.perf_counter()
         with staged(out) as building:
             try:
-                row = execute(job, building, progress)
+                row = execute(job, building, out / job.flow, progress)
             except ScenarioError as wrong:
                 row = {"flow": job.flow, "scenario": job.scenario, "wall s": time.perf_counter() - begun}
                 row["error"] = str(wrong)

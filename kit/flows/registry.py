@@ -53,7 +53,7 @@ class Flow(Protocol):
     def run(self, parameters: Any, scenario: str = "", progress: Progress | None = None) -> Run:
         """Run to the end."""
 
-    def open(self, parameters: Any) -> Any:
+    def open(self, parameters: Any, scenario: str = "") -> Any:
         """Return an object with one method a stage."""
 
 
@@ -177,7 +177,7 @@ def run(flow: str, scenario: str = "", given: Mapping[str, Any] | None = None, p
 def open(flow: str, scenario: str = "", given: Mapping[str, Any] | None = None) -> Any:
     """Open a flow stage by stage with a scenario's parameters, changed by `given`."""
     found = entry(flow).load()
-    return found.open(check(found, {**load_scenario(flow, scenario), **(given or {})}))
+    return found.open(check(found, {**load_scenario(flow, scenario), **(given or {})}), scenario)
 
 
 def explore(flow: str, scenario: str = "", given: Mapping[str, Any] | None = None) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kit.report import figures, table
 from kit.report.figures.window import COLUMN, spans_of
-from kit.report.language import GREEN, GRID, INK, MUTED, VERMILION, say_bytes, say_time
+from kit.report.language import GREEN, GRID, INK, MUTED, VERMILION, say_bytes, say_count, say_time
 
 if TYPE_CHECKING:
     from kit.flows.run import Run
@@ -51,7 +51,7 @@ def headlines(run: Run) -> list[Headline]:
     found.append(Headline(evicted, f"{evicted:,}", "chunks evicted"))
     conformance, integrity = run.conformance, run.integrity
     reached, bad = len(conformance.steps_reached), len(conformance.violations)
-    label = f"documented steps, {bad} violations"
+    label = f"documented steps, {say_count(bad, 'violation')}"
     found.append(Headline(reached, f"{reached} of {conformance.steps_documented}", label, good=not bad))
     label = f"of {integrity.pages_checked:,} pages checked"
     return [*found, Headline(integrity.lost, f"{integrity.lost:,} lost", label, good=not integrity.lost)]

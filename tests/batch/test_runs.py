@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import fakes
 import nbformat
+import numpy as np
 import pytest
+from matplotlib import image
 
 from kit import cli, paths
 from kit.batch import reports
@@ -63,7 +67,10 @@ def test_a_batch_leaves_whole_sets_of_files(done: tuple[Path, int]) -> None:
     assert json.loads((out / "fake_flow/default.json").read_text())["metrics"]["bytes_moved"] == 8192
     assert next(csv.DictReader((out / "fake_flow/default.events.csv").open()))["kind"] == "GPU_PAGE_FAULT"
     executed = nbformat.read(out / "fake_flow/default.ipynb", as_version=4)
-    assert any("8192" in cell.source for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", ()))
+    (injected,) = [cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", ())]
+    assert "size = 8192" in injected.source
+    assert f'result_path = "{out}/fake_flow/default.json"' in injected.source
+    assert ".building" not in (out / "fake_flow/default.ipynb").read_text()
 
 
 def test_pages_load_nothing_from_a_network(done: tuple[Path, int]) -> None:
@@ -95,7 +102,7 @@ def test_the_summary_names_every_scenario(tmp_path: Path, capfd: pytest.CaptureF
     assert broken.split()[1] == "broken"
     assert broken.split()[-1] == "failed"
     assert default.split()[3:] == ["2.500000", "3", "8,192", "2/3", "0"]
-    assert "kit: error: fake_flow broken: ValueError: the driver fails\n" in seen.err
+    assert "kit: error: fake_flow broken: cell [3]: ValueError: the driver fails\n" in seen.err
 
 
 def test_lost_pages_fail_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +139,25 @@ def test_the_events_file_is_that_of_a_run(tmp_path: Path) -> None:
     run = fakes.FLOW.run(fakes.FakeParameters(events=3))
     write_events_csv(run, tmp_path / "events.csv")
     assert events_csv(event_records(run)) == (tmp_path / "events.csv").read_text()
+
+
+def test_the_index_shows_the_largest_picture_and_of_equals_the_last() -> None:
+    def png(wide: int, high: int) -> bytes:
+        file = io.BytesIO()
+        image.imsave(file, np.zeros((high, wide, 3)), format="png")
+        return file.getvalue()
+
+    def output(picture: bytes, alt: str) -> nbformat.NotebookNode:
+        html = f'<figure><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></figure>'
+        return nbformat.v4.new_output("display_data", data={"text/html": html})
+
+    pictures = [png(40, 40), png(960, 480), png(960, 480), png(50, 50)]
+    cells = [nbformat.v4.new_code_cell(outputs=[output(each, str(i))]) for i, each in enumerate(pictures)]
+    found = reports.thumbnail(nbformat.v4.new_notebook(cells=cells))
+    assert found is not None
+    small = image.imread(io.BytesIO(base64.b64decode(found[0].partition(",")[2])))
+    assert (found[1], small.shape[:2]) == ("2", (240, 480))
+    assert reports.thumbnail(nbformat.v4.new_notebook()) is None
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,15 @@ class GridKernel:
     late : tuple of int
         Input pages (virtual page numbers) whose first load reaches the fault buffer only after the
         first batch was fetched, and is flushed: an input, because no documented rule orders warps.
+    seed : int
+        Seed of the drift between warps.
     """
 
     def __init__(
-        self, name: str, shape: Shape, table: PageTable, machine: Machine, costs: object, late: tuple[int, ...] = ()
-    ) -> None:
+        self, name: str, shape: Shape, table: PageTable, machine: Machine, costs: object, late: tuple[int, ...] = (),
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.rng, self.spread = np.random.default_rng([seed, 2]), float(machine["warp_spread"])
         self.name, self.shape, self.late = name, shape, set(late)
         threads = min(shape.block, WARP)
         self.warps_per_cta = -(-shape.block // WARP)
@@ -204,6 +208,8 @@ class GridKernel:
         head = np.ones(len(order), dtype=bool)
         head[1:] = key[order][1:] != key[order][:-1]
         keep = np.sort(order[head])
+        # Warps drift apart: on their way to the fault buffer their misses mix.
+        delay = delay + (self.spread * self.rng.random(len(delay)) if len(keep) > 1 else 0.0)
         keep = keep[np.argsort(delay[keep], kind="stable")]
         if self.late:
             late = np.isin(page[keep], np.fromiter(self.late, dtype=np.int64))

@@ -127,8 +127,9 @@ def block_migrate_add_mappings(block: VaBlock, thread: Thread, mask: int, destin
 def block_migrate_map_unmapped_pages(block: VaBlock, thread: Thread, mask: int, destination: int) -> None:
     """Map the destination, then accessed-by processors (uvm_migrate.c)."""
     uvm_va_block_map(block, thread, destination, mask, READ_WRITE_ATOMIC, "policy")
-    if block.range.policy.accessed_by:
-        uvm_va_block_add_mappings_after_migration(block, thread, mask, but=destination)
+    accessed_by = tuple(sorted(block.range.policy.accessed_by))
+    if accessed_by:
+        uvm_va_block_add_mappings_after_migration(block, thread, mask, READ_WRITE_ATOMIC, destination, accessed_by)
 
 
 @step

@@ -93,7 +93,11 @@ class Pmm:
         """Take a free chunk of that size, or split a larger one (uvm_pmm_gpu.c)."""
         thread.charge(self.gpu.costs.chunk_alloc)
         chunk = self.claim_free_chunk(thread, pages)
-        if chunk is None:
+        if chunk is None and pages == BLOCK_PAGES:
+            root = yield from self.alloc_or_evict_root_chunk_unlocked(thread, evict)
+            root.pins += 1
+            chunk = Chunk(root, 0, BLOCK_PAGES, zeroed=root.zeroed)
+        elif chunk is None:
             chunk = yield from self.alloc_chunk_with_splits(thread, pages, evict)
         return chunk
 
@@ -141,8 +145,16 @@ class Pmm:
         return pieces[0]
 
     @waiting_step
+    def alloc_or_evict_root_chunk_unlocked(self, thread: Thread, evict: bool) -> Wait:
+        """The same for callers that want a whole root chunk (uvm_pmm_gpu.c)."""
+        return (yield from self._root_chunk(thread, evict))
+
+    @waiting_step
     def alloc_or_evict_root_chunk(self, thread: Thread, evict: bool) -> Wait:
         """A new root chunk from PMA, or one that eviction frees (uvm_pmm_gpu.c)."""
+        return (yield from self._root_chunk(thread, evict))
+
+    def _root_chunk(self, thread: Thread, evict: bool) -> Wait:
         root = self.alloc_root_chunk(thread)
         if root is None:
             if not evict:

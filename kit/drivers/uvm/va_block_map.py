@@ -155,31 +155,33 @@ def block_revoke_prot_gpu_to(block: VaBlock, thread: Thread, mask: int, prot: in
 
 
 @step
-def uvm_va_block_add_mappings_after_migration(block: VaBlock, thread: Thread, mask: int, but: int | None = None) -> None:
-    """Pages that moved: map them for every accessed-by processor but the one that is served (uvm_va_block.c)."""
-    block_map_accessed_by(block, thread, mask, but)
+def uvm_va_block_add_mappings_after_migration(
+    block: VaBlock, thread: Thread, mask: int, prot: int, served: int, processors: tuple[int, ...], cause: str = "policy"
+) -> None:
+    """Map `processors` but the one that is served, with at most the right it got (uvm_va_block.c)."""
+    for processor in processors:
+        if processor != served:
+            _map_reachable(block, thread, processor, mask, prot, cause)
 
 
 @step
 def uvm_va_block_add_mappings(block: VaBlock, thread: Thread, mask: int) -> None:
     """Map what is resident for every accessed-by processor (uvm_va_block.c)."""
-    block_map_accessed_by(block, thread, mask)
-
-
-def block_map_accessed_by(block: VaBlock, thread: Thread, mask: int, but: int | None = None) -> None:
-    """Map what accessed-by processors can reach: their own copies with every right, remote ones as PCIe allows."""
-    va_space: VaSpace = block.range.va_space
     for processor in sorted(block.range.policy.accessed_by):
-        reach = block.resident[CPU] if processor == CPU else block.resident[CPU] | block.resident[GPU]
-        todo = mask & reach & ~block.read_duplicated & ~block.discarded
-        if processor == but or not todo:
-            continue
-        local = todo & block.resident[processor]
-        if local:
-            uvm_va_block_map(block, thread, processor, local, READ_WRITE_ATOMIC, "policy")
-        if todo & ~local:
-            prot = READ_WRITE_ATOMIC if va_space.native_atomics(processor, CPU) else READ_WRITE
-            uvm_va_block_map(block, thread, processor, todo & ~local, prot, "policy")
+        _map_reachable(block, thread, processor, mask, READ_WRITE_ATOMIC, "policy")
+
+
+def _map_reachable(block: VaBlock, thread: Thread, processor: int, mask: int, prot: int, cause: str) -> None:
+    """A processor's own copies with right `prot`, remote ones as far as PCIe allows (no atomics)."""
+    va_space: VaSpace = block.range.va_space
+    reach = block.resident[CPU] if processor == CPU else block.resident[CPU] | block.resident[GPU]
+    todo = mask & reach & ~block.read_duplicated & ~block.discarded
+    local = todo & block.resident[processor]
+    if local:
+        uvm_va_block_map(block, thread, processor, local, prot, cause)
+    if todo & ~local:
+        limit = prot if va_space.native_atomics(processor, CPU) else min(prot, READ_WRITE)
+        uvm_va_block_map(block, thread, processor, todo & ~local, limit, cause)
 
 
 def _write_ptes(block: VaBlock, gpu: Gpu, mask: int, prot: int, location: int = GPU) -> int:

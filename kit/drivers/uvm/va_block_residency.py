@@ -69,6 +69,7 @@ def uvm_va_block_make_resident_copy(
     """Unmap what must move, populate the destination, copy (uvm_va_block.c)."""
     thread.note(va=block.va, pages=mask.bit_count())
     context.dest, context.cause, context.pages_copied = dest, cause, 0
+    block_resident_mask_get_alloc(block, thread, dest)
     mappers = _mappers(block)
     uvm_va_block_unmap_mask(block, thread, mappers, mask & ~block.resident[dest])
     duplicates = mask & block.read_duplicated
@@ -82,6 +83,13 @@ def uvm_va_block_make_resident_copy(
     block_copy_resident_pages(block, thread, context, mask, prefetched)
 
 
+@step
+def block_resident_mask_get_alloc(block: VaBlock, thread: Thread, dest: int) -> None:
+    """The destination's residency; for a GPU its state in the block, made at first use (uvm_va_block.c)."""
+    if dest == GPU and not block.gpu_state:
+        uvm_va_block_gpu_state_get_alloc(block, thread)
+
+
 @waiting_step
 def uvm_va_block_make_resident_read_duplicate(
     block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
@@ -89,7 +97,10 @@ def uvm_va_block_make_resident_read_duplicate(
     """Give the destination a copy of its own; everybody is left with read rights (uvm_va_block.c)."""
     thread.note(va=block.va, pages=mask.bit_count())
     context.dest, context.cause = dest, cause
-    block_prep_read_duplicate_mapping(block, thread, mask)
+    for holder in (CPU, GPU):
+        entering = mask & ~block.read_duplicated & block.resident[holder]
+        if entering:
+            block_prep_read_duplicate_mapping(block, thread, holder, entering)
     yield from block_populate_pages(block, thread, context, dest, mask)
     elsewhere = mask & block.resident[1 - dest]
     block_copy_resident_pages(block, thread, context, mask, prefetched, duplicate=True)
@@ -110,15 +121,12 @@ def uvm_va_block_make_resident_read_duplicate(
 
 
 @step
-def block_prep_read_duplicate_mapping(block: VaBlock, thread: Thread, mask: int) -> None:
-    """Take write rights away, and mappings of remote copies (uvm_va_block.c)."""
-    remote = mask & block.pte[GPU][READ_ONLY] & ~block.resident[GPU]
-    if remote:
-        uvm_va_block_unmap(block, thread, GPU, remote)
+def block_prep_read_duplicate_mapping(block: VaBlock, thread: Thread, holder: int, mask: int) -> None:
+    """Unmap everybody but the holder of the copy, and take its write rights (uvm_va_block.c)."""
     for processor in _mappers(block):
-        writable = mask & block.pte[processor][READ_WRITE]
-        if writable:
-            uvm_va_block_revoke_prot(block, thread, processor, writable, READ_WRITE)
+        if processor != holder:
+            uvm_va_block_unmap(block, thread, processor, mask)
+    uvm_va_block_revoke_prot(block, thread, holder, mask, READ_WRITE)
 
 
 @step
@@ -131,6 +139,7 @@ def uvm_va_block_make_resident_finish(block: VaBlock, thread: Thread, context: B
         trace.move(thread.now, thread.now, block.first + first, count, 0, 1 << dest, "populate")
     for first, count in runs(mask & block.read_duplicated):
         trace.move(thread.now, thread.now, block.first + first, count, 3, 1 << dest, "collapse")
+    context.pages_changed_residency |= nowhere
     moved = mask & block.resident[other]
     for first, count in runs(moved & ~context.pages_copied & ~block.read_duplicated):
         trace.move(thread.now, thread.now, block.first + first, count, 1 << other, 1 << dest, "clean")
@@ -219,11 +228,10 @@ def uvm_va_block_populate_pages_gpu(block: VaBlock, thread: Thread, context: Blo
 @step
 def uvm_va_block_gpu_state_get_alloc(block: VaBlock, thread: Thread) -> None:
     """First GPU operation on the block: state, and DMA mappings of the CPU chunks it has."""
-    if not block.gpu_state:
-        block.gpu_state = True
-        costs = block.range.va_space.gpu.costs
-        chunks = sum(count // each for _, count, each in block.cpu_chunks.values())
-        thread.charge(costs.gpu_state + chunks * costs.dma_map)
+    block.gpu_state = True
+    costs = block.range.va_space.gpu.costs
+    chunks = sum(count // each for _, count, each in block.cpu_chunks.values())
+    thread.charge(costs.gpu_state + chunks * costs.dma_map)
 
 
 def _gpu_chunk(block: VaBlock, page: int) -> tuple[int, int]:
@@ -240,7 +248,8 @@ def _gpu_chunk(block: VaBlock, page: int) -> tuple[int, int]:
 def block_populate_gpu_chunk(block: VaBlock, thread: Thread, context: BlockContext, first: int, pages: int) -> Wait:
     """Allocate one chunk, zero what must be zero, hand it to the block (uvm_va_block.c)."""
     gpu = block.range.va_space.gpu
-    uvm_va_block_gpu_state_get_alloc(block, thread)
+    if not block.gpu_state:
+        uvm_va_block_gpu_state_get_alloc(block, thread)
     chunk = yield from block_alloc_gpu_chunk(block, thread, context, pages)
     block.tracker = max(block.tracker, chunk.root.tracker)
     block_zero_new_gpu_chunk(block, thread, chunk, first)

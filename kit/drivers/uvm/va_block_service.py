@@ -162,8 +162,8 @@ def uvm_va_block_service_finish(
     by_prot = _compute_new_permission(block, context, pages, processor, destination)
     block_service_finish_revoke_prot(block, thread, by_prot, stayed, processor, destination)
     block_service_finish_map(block, thread, context, by_prot, processor)
-    if inner.pages_changed_residency & moved and block.range.policy.accessed_by:
-        block_service_finish_map_accessed_by(block, thread, inner.pages_changed_residency & moved, processor)
+    if block.range.policy.accessed_by or context.pinned:
+        block_service_finish_map_accessed_by(block, thread, context, by_prot, processor)
     block.discarded &= ~(by_prot[READ_WRITE] | by_prot[READ_WRITE_ATOMIC])
 
 
@@ -231,6 +231,16 @@ def block_service_finish_map(
 
 
 @step
-def block_service_finish_map_accessed_by(block: VaBlock, thread: Thread, pages: int, processor: int) -> None:
-    """Pages that moved: accessed-by processors are mapped again (uvm_va_block.c)."""
-    uvm_va_block_add_mappings_after_migration(block, thread, pages, but=processor)
+def block_service_finish_map_accessed_by(
+    block: VaBlock, thread: Thread, context: ServiceContext, by_prot: dict[int, int], processor: int
+) -> None:
+    """Pinned pages: everybody who fought over them; the others: accessed-by processors (uvm_va_block.c)."""
+    info, accessed_by = block.thrashing, tuple(sorted(block.range.policy.accessed_by))
+    for prot, pages in by_prot.items():
+        for index in context.pinned:
+            if pages >> index & 1 and info is not None and info.page is not None:
+                fighters = tuple(p for p in (CPU, GPU) if info.page.processors[index] >> p & 1)
+                uvm_va_block_add_mappings_after_migration(block, thread, 1 << index, prot, processor, fighters, "thrashing")
+                pages &= ~(1 << index)
+        if pages and accessed_by:
+            uvm_va_block_add_mappings_after_migration(block, thread, pages, prot, processor, accessed_by)

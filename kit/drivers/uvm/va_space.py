@@ -27,7 +27,7 @@ from kit.memory.pagemask import runs
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
-__all__ = ["PC", "uvm_api_free", "uvm_mmap", "uvm_va_block_find_create_in_range", "uvm_va_range_block_create", "uvm_vm_fault"]
+__all__ = ["PC", "uvm_mmap", "uvm_va_block_find_create_in_range", "uvm_va_range_block_create", "uvm_vm_close_managed", "uvm_vm_fault"]
 
 PC = 0x55_5555_1000  # program counter that CPU faults report: the kit runs no real instructions
 
@@ -166,19 +166,21 @@ def block_cpu_fault_locked(block: VaBlock, thread: Thread, context: ServiceConte
 
 
 @step
-def uvm_api_free(va_space: VaSpace, thread: Thread, va_range: VaRange) -> None:
-    """Free a managed range (uvm.c)."""
+def uvm_vm_close_managed(va_space: VaSpace, thread: Thread, va_range: VaRange) -> None:
+    """Managed memory is freed by unmapping it (uvm.c)."""
     thread.charge(va_space.gpu.costs.ioctl)
-    uvm_free(va_space, thread, va_range)
+    uvm_destroy_vma_managed(va_space, thread, va_range)
 
 
 @step
-def uvm_free(va_space: VaSpace, thread: Thread, va_range: VaRange) -> None:
-    """Remove the range from the va_space (uvm.c)."""
-    uvm_va_range_destroy(va_space, thread, va_range)
-    va_space.ranges.remove(va_range)
-    va_space.mm.munmap(va_range.vma)
-    va_space.content.forget(va_range.slot, va_range.pages)
+def uvm_destroy_vma_managed(va_space: VaSpace, thread: Thread, va_range: VaRange) -> None:
+    """Destroy the ranges of the area: more than one where advice has split it (uvm.c)."""
+    vma = va_range.vma
+    for part in [r for r in va_space.ranges if r.vma is vma]:
+        uvm_va_range_destroy(va_space, thread, part)
+        va_space.ranges.remove(part)
+        va_space.content.forget(part.slot, part.pages)
+    va_space.mm.munmap(vma)
 
 
 @step

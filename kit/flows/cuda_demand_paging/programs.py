@@ -167,7 +167,7 @@ class VectorAdd(Program):
             shape = Shape(
                 p.n, p.grid, p.block, tuple(arrays[i].va for i in reads), tuple(arrays[i].va for i in writes)
             )
-            return GridKernel(name, shape, gpu.table, gpu.machine, gpu.costs, late)
+            return GridKernel(name, shape, gpu.table, gpu.machine, gpu.costs, late, p.seed)
 
         if p.init == "gpu":
             made.append(grid(f"init(int, {', '.join(['float*'] * p.arrays)})", [], self._initialised()))

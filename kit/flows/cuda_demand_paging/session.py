@@ -201,11 +201,10 @@ class Session:
         p, cpu = self.parameters, self.cpu
         cpu.now = max(cpu.now, self.engine.now)
         kernels = self.program.kernels(self.allocations, self.gpu)
-        initial = len(kernels) - p.repeats if p.program == "vector_add" else 0
-        for number, kernel in enumerate(kernels):
-            if number == initial and p.prefetch in ("to_gpu", "both"):
-                which = self.program.inputs if p.prefetch_arrays == "inputs" else range(len(self.allocations))
-                yield from self._prefetch(list(which), GPU)
+        if p.prefetch in ("to_gpu", "both"):
+            which = self.program.inputs if p.prefetch_arrays == "inputs" else range(len(self.allocations))
+            yield from self._prefetch(list(which), GPU)
+        for kernel in kernels:
             yield from self._launch(kernel)
             if self.errors:
                 break
