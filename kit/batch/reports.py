@@ -89,13 +89,11 @@ def thumbnail(notebook: Any, width: int = 480) -> tuple[str, str] | None:
     found = list(_pictures(notebook))
     if not found:
         return None
-    from matplotlib import image
+    from PIL import Image
 
     png, alt = max(reversed(found), key=lambda picture: _pixels(picture[0]))
-    scale = min(1.0, width / image.imread(io.BytesIO(png), format="png").shape[1])
     small = io.BytesIO()
-    if scale < 1:
-        image.thumbnail(io.BytesIO(png), small, scale=scale)
-    else:
-        small.write(png)
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.thumbnail((width, 4 * width))
+        picture.save(small, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode("ascii"), alt

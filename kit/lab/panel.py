@@ -59,6 +59,9 @@ class Panel:
         self.count = widgets.HTML()
         self.message = widgets.HTML()
         self.headline, self.overview = widgets.HTML(), widgets.HTML()
+        self.stage = widgets.ToggleButtons(options=[("whole run", "")], style={"button_width": "auto"})
+        self.stage.layout.display = "none"
+        self.stage.observe(lambda _change: self._show_overview(), names="value")
         self.tabs = widgets.Tab([widgets.HTML() for _ in VIEWS], titles=tuple(VIEWS), selected_index=0)
         self.run_button.on_click(lambda _button: self.start())
         self.reset_button.on_click(lambda _button: self.reset())
@@ -149,10 +152,22 @@ class Panel:
         if self.run is None:
             return
         self.headline.value = headlines_html(self.run, self._previous)
-        self.overview.value = figures.overview(self.run)._repr_html_()
+        chosen = self.stage.value
+        stages = [name for name, _start, _end in self.run.stages]
+        self._quiet = True  # new options reset the choice, which is drawn once, below
+        self.stage.options = [("whole run", ""), *((name.replace("_", " "), name) for name in stages)]
+        self.stage.value = chosen if chosen in stages else ""
+        self.stage.layout.display = ""
+        self._quiet = False
+        self._show_overview()
         for child in self.tabs.children:
             child.value = ""
         self._show_tab()
+
+    def _show_overview(self) -> None:
+        """Draw the overview of the chosen stage."""
+        if self.run is not None and not self._quiet:
+            self.overview.value = figures.overview(self.run, self.stage.value or "")._repr_html_()
 
     def _show_tab(self) -> None:
         at = self.tabs.selected_index
@@ -178,7 +193,7 @@ class Panel:
             [buttons, column], layout=widgets.Layout(width="320px", flex="0 0 320px", padding="0 8px 0 0")
         )
         views = widgets.VBox(
-            [self.message, self.headline, self.overview, self.tabs],
+            [self.message, self.headline, self.stage, self.overview, self.tabs],
             layout=widgets.Layout(
                 flex="1 1 auto", min_width="0", border_left=f"1px solid {GRID}", padding="0 0 0 12px"
             ),

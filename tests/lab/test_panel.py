@@ -114,6 +114,15 @@ def test_a_list_that_cannot_be_read_is_named() -> None:
     assert panel.controls["touch_units"].value == [3, 1, 2]
 
 
+def test_a_stage_can_be_looked_at_alone_and_stays_chosen() -> None:
+    panel = Panel(Recorded(ready()), run=ready())
+    whole = panel.overview.value
+    panel.stage.value = "kernel"
+    assert panel.overview.value != whole and "first appear" not in panel.overview.value
+    panel.run_button.click()
+    assert panel.stage.value == "kernel" and "first appear" not in panel.overview.value
+
+
 def test_tabs_are_rendered_when_they_are_opened() -> None:
     panel = Panel(Recorded(), run=ready())
     assert [bool(child.value) for child in panel.tabs.children] == [True, False, False, False]

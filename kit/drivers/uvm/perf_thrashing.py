@@ -60,38 +60,71 @@ class PageThrashing:
 
 
 def thrashing_notify_migration(block: VaBlock, thread: Thread, mask: int, dest: int, cause: str) -> None:
-    """A migration event reaches the module: evictions do not count, user moves wipe the history."""
-    if cause == "eviction" or not block.range.va_space.module.thrashing_enable:
+    """Pages went to `dest`. Blocks without per-page history only take a stamp, which is not worth spans."""
+    module, info = block.range.va_space.module, block.thrashing
+    if cause == "eviction" or not module.thrashing_enable:
         return
-    if cause != "fault" or block.range.policy.read_duplication:
-        thrashing_reset_pages_in_region(block, thread, mask)
-        return
-    if block.thrashing and block.thrashing.pinned:
-        page = block.thrashing.page
-        assert page is not None
-        to_pin = [p for p in pages_of(mask & block.thrashing.pinned) if page.pin_residency[p] == dest]
-        mask &= ~from_pages(np.array(to_pin, dtype=np.int64))
-    if mask:
-        thrashing_event_cb(block, thread, mask, dest, migration=True)
+    if info is not None and info.page is not None:
+        uvm_perf_event_notify_migration(block, thread, mask, dest, cause)
+    elif cause == "fault" and not block.range.policy.read_duplication:
+        _block_event(block, thread, dest)
 
 
 def thrashing_notify_revocation(block: VaBlock, thread: Thread, mask: int, loser: int) -> None:
     """A processor lost rights without a move."""
-    if mask and block.range.va_space.module.thrashing_enable:
-        thrashing_event_cb(block, thread, mask, loser, migration=False)
+    if block.range.va_space.module.thrashing_enable:
+        uvm_perf_event_notify_revocation(block, thread, mask, loser)
 
 
-def thrashing_event_cb(block: VaBlock, thread: Thread, mask: int, processor: int, migration: bool) -> None:
-    """Stamp and count the event on every page of `mask` (uvm_perf_thrashing.c)."""
-    module = block.range.va_space.module
-    lapse, now = module.thrashing_lapse_usec, thread.now
+@step
+def uvm_perf_event_notify_migration(block: VaBlock, thread: Thread, mask: int, dest: int, cause: str) -> None:
+    """Tell listeners about a migration (uvm_perf_events.c)."""
+    uvm_perf_event_notify(block, thread, mask, dest, cause)
+
+
+@step
+def uvm_perf_event_notify_revocation(block: VaBlock, thread: Thread, mask: int, loser: int) -> None:
+    """Tell listeners about a revocation (uvm_perf_events.c)."""
+    uvm_perf_event_notify(block, thread, mask, loser, "revocation")
+
+
+@step
+def uvm_perf_event_notify(block: VaBlock, thread: Thread, mask: int, processor: int, cause: str) -> None:
+    """Call the modules that listen (uvm_perf_events.c)."""
+    thrashing_event_cb(block, thread, mask, processor, cause)
+
+
+@step
+def thrashing_event_cb(block: VaBlock, thread: Thread, mask: int, processor: int, cause: str) -> None:
+    """Stamp and count an event on every page of `mask`; a user's move wipes their history (uvm_perf_thrashing.c)."""
+    if cause != "revocation":
+        if cause != "fault" or block.range.policy.read_duplication:
+            thrashing_reset_pages_in_region(block, thread, mask)
+            return
+        mask &= ~_moving_to_pin(block, mask, processor)
+    info = _block_event(block, thread, processor) if mask else None
+    if info is not None and info.page is not None:
+        _count_events(block, thread, info, info.page, mask, processor, cause != "revocation")
+
+
+def _block_event(block: VaBlock, thread: Thread, processor: int) -> BlockThrashing:
+    """Stamp the block; two events of different processors within a lapse start its per-page history."""
     info = block.thrashing = block.thrashing or BlockThrashing()
-    suspicious = info.last_time and info.last_processor != processor and now - info.last_time <= lapse
+    lapse = block.range.va_space.module.thrashing_lapse_usec
+    suspicious = info.last_time and info.last_processor != processor and thread.now - info.last_time <= lapse
     if info.page is None and suspicious:
         info.page = PageThrashing(block.pages)
-    if info.page is not None:
-        _count_events(block, thread, info, info.page, mask, processor, migration)
-    info.last_time, info.last_processor = now, processor
+    info.last_time, info.last_processor = thread.now, processor
+    return info
+
+
+def _moving_to_pin(block: VaBlock, mask: int, dest: int) -> int:
+    """Return the pages of `mask` that only go where they are pinned."""
+    info = block.thrashing
+    if info is None or info.page is None or not mask & info.pinned:
+        return 0
+    pinned = pages_of(mask & info.pinned)
+    return from_pages(pinned[info.page.pin_residency[pinned] == dest])
 
 
 def _count_events(
@@ -109,7 +142,7 @@ def _count_events(
     page.events[soon] = np.minimum(page.events[soon] + 1, 7)
     (page.migrations if migration else page.revocations)[soon] = True
     for index in soon[page.events[soon] == threshold]:
-        _thrashing_detected(block, thread, info, int(index))
+        thrashing_detected(block, thread, info, int(index))
     if (page.events[soon] >= threshold).any():
         info.last_thrashing_time = now
     over = late[page.events[late] >= threshold]
@@ -117,7 +150,9 @@ def _count_events(
         thrashing_reset_page(block, thread, int(index))
 
 
-def _thrashing_detected(block: VaBlock, thread: Thread, info: BlockThrashing, index: int) -> None:
+@step
+def thrashing_detected(block: VaBlock, thread: Thread, info: BlockThrashing, index: int) -> None:
+    """The page thrashes from now on (uvm_perf_thrashing.c)."""
     info.pages |= 1 << index
     _event(block, thread, "UvmEventTypeThrashingDetected", index)
 
@@ -226,15 +261,21 @@ def thrashing_throttle_end_processor(block: VaBlock, thread: Thread, page: PageT
 
 
 @step
+def thrashing_throttling_reset_page(block: VaBlock, thread: Thread, page: PageThrashing, index: int) -> None:
+    """Nobody is throttled on the page any more (uvm_perf_thrashing.c)."""
+    for processor in (CPU, GPU):
+        if page.throttled[index] >> processor & 1:
+            thrashing_throttle_end_processor(block, thread, page, index, processor)
+
+
+@step
 def thrashing_pin_page(block: VaBlock, thread: Thread, index: int, residency: int) -> None:
     """Pin a page at `residency`; the first pin starts the clock of the unpin worker (uvm_perf_thrashing.c)."""
     info, module = block.thrashing, block.range.va_space.module
     assert info is not None and info.page is not None
     page, bit = info.page, 1 << index
     if not info.pinned & bit or not block.resident[residency] & bit:
-        for processor in (CPU, GPU):
-            if page.throttled[index] >> processor & 1:
-                thrashing_throttle_end_processor(block, thread, page, index, processor)
+        thrashing_throttling_reset_page(block, thread, page, index)
     if not info.pinned & bit:
         page.throttle_count[index] = 0
         info.pinned |= bit
@@ -288,17 +329,16 @@ def thrashing_reset_page(block: VaBlock, thread: Thread, index: int) -> None:
     info = block.thrashing
     assert info is not None and info.page is not None
     page, bit = info.page, 1 << index
-    for processor in (CPU, GPU):
-        if page.throttled[index] >> processor & 1:
-            thrashing_throttle_end_processor(block, thread, page, index, processor)
+    if page.throttled[index]:
+        thrashing_throttling_reset_page(block, thread, page, index)
     info.pinned &= ~bit
     info.pages &= ~bit
     page.pin_residency[index] = NOBODY
     page.last_time[index] = page.events[index] = page.processors[index] = 0
     page.migrations[index] = page.revocations[index] = False
-    page.throttle_count[index] = 0
 
 
+@step
 def thrashing_reset_pages_in_region(block: VaBlock, thread: Thread, mask: int) -> None:
     """Forget the thrashing pages of `mask`: a user's move takes precedence over the heuristics."""
     if block.thrashing is not None and block.thrashing.page is not None:

@@ -181,10 +181,11 @@ class StreamKernel:
         return bool(dead.any())
 
 
-def launch(va_space: VaSpace, kernel: Kernel) -> Wait:
+def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
     """Run a kernel to its end; returns None, or the reason why it was killed.
 
-    A cancelled access kills its kernel: what has not run yet is not run.
+    A cancelled access kills its kernel: what has not run yet is not run. When it is not `alone`,
+    other processors may take pages away at any time, and it must not run far ahead of them.
     """
     gpu: Gpu = va_space.gpu
     engine, trace = gpu.engine, gpu.engine.trace
@@ -198,7 +199,7 @@ def launch(va_space: VaSpace, kernel: Kernel) -> Wait:
                 killed = reason
                 break
         retry, replays = replays != gpu.replays, gpu.replays
-        quiet = not kernel.stalled and gpu.fault_buffer.get == gpu.fault_buffer.put
+        quiet = alone and not kernel.stalled and gpu.fault_buffer.get == gpu.fault_buffer.put
         horizon = FOREVER if quiet else HORIZON
         spent, misses = kernel.advance(gpu.table.rights.reshape(-1), va_space.content, horizon, retry)
         if misses is not None:

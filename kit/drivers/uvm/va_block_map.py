@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kit.drivers.uvm.gpu import Gpu
+from kit.drivers.uvm.perf_thrashing import thrashing_notify_revocation
 from kit.drivers.uvm.types import (
     BIG_PAGES,
     BLOCK_PAGES,
@@ -139,11 +140,12 @@ def uvm_va_block_revoke_prot(block: VaBlock, thread: Thread, processor: int, mas
 
 @step
 def block_revoke_cpu_write(block: VaBlock, thread: Thread, mask: int) -> None:
-    """Unmap and map again read-only, as Linux wants it (uvm_va_block.c)."""
-    va_space = block.range.va_space
-    for first, count in runs(mask):
-        thread.charge(va_space.gpu.costs.unmap_cpu_run + count * va_space.gpu.costs.unmap_cpu_page)
-        va_space.mm.table.protect(block.slot[CPU] + first, count, 1)
+    """Unmap, then map again read-only: Linux has no other way for a driver (uvm_va_block.c)."""
+    block_unmap_cpu(block, thread, mask)
+    for level in range(READ_ONLY, READ_WRITE_ATOMIC + 1):
+        block.pte[CPU][level] &= ~mask
+    thrashing_notify_revocation(block, thread, mask, CPU)
+    uvm_va_block_map(block, thread, CPU, mask, READ_ONLY)
 
 
 @step
@@ -152,6 +154,13 @@ def block_revoke_prot_gpu_to(block: VaBlock, thread: Thread, mask: int, prot: in
     gpu = block.range.va_space.gpu
     location = GPU if mask & block.resident[GPU] else CPU
     _push_ptes(block, thread, gpu, _write_ptes(block, gpu, mask, prot - 1, location), mask, gpu.costs.membar_sys)
+    block_revoke_prot_gpu_perf_notify(block, thread, mask)
+
+
+@step
+def block_revoke_prot_gpu_perf_notify(block: VaBlock, thread: Thread, mask: int) -> None:
+    """Tell listeners that the GPU lost rights (uvm_va_block.c)."""
+    thrashing_notify_revocation(block, thread, mask, GPU)
 
 
 @step

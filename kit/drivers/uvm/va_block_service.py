@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kit.drivers.uvm.perf_prefetch import uvm_perf_prefetch_get_hint_va_block
-from kit.drivers.uvm.perf_thrashing import thrashing_notify_revocation
 from kit.drivers.uvm.types import CPU, GPU, READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC, VaBlock
 from kit.drivers.uvm.va_block_map import (
     uvm_va_block_add_mappings_after_migration,
@@ -208,7 +207,6 @@ def block_service_finish_revoke_prot(
             taken = pages & block.pte[other][revoked]
             if taken:
                 uvm_va_block_revoke_prot_mask(block, thread, (other,), taken, revoked)
-                thrashing_notify_revocation(block, thread, taken, other)
 
 
 @step

@@ -40,6 +40,7 @@ from kit.sim.machine import load_machine
 __all__ = ["STAGES", "Session"]
 
 BLOCK = 2 << 20
+TURN = 32  # CPU touches between looks at what the GPU does meanwhile
 STAGES = ("allocate", "first_touch", "kernel", "read_back")
 Progress = Callable[[float, str], None]
 
@@ -186,7 +187,7 @@ class Session:
         """CPU accesses; not `together`: everybody else runs in between."""
         cpu, base = self.cpu, (self.allocations[0].va // PAGE if self.allocations else 0)
         cpu.now = max(cpu.now, self.engine.now)
-        step = len(accesses.page) if together else 1
+        step = len(accesses.page) if together else TURN
         for at in range(0, len(accesses.page), max(step, 1)):
             part = slice(at, at + step)
             pages = accesses.page[part] + base
@@ -227,8 +228,8 @@ class Session:
         if lite:
             yield from uvm_api_prevent_migration_range_groups(self.va_space, self.cpu)
             yield from self.cpu.sync()
-        running = env.process(launch(self.va_space, kernel))
         beside = self.program.during_kernel(self.allocations)
+        running = env.process(launch(self.va_space, kernel, alone=not len(beside.page)))
         if len(beside.page):
             yield from self._touch(beside, together=False)
         killed = yield running
