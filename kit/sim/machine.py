@@ -1,11 +1,13 @@
 """Machines: memories, processors and links as a graph, plus sourced constants.
 
 A profile is a YAML file beside this module. Every constant says its value, its unit, where it
-comes from and whether it was measured or estimated, so that a reader can tell the two apart.
+comes from and whether it was measured or estimated, so that a reader can tell the two apart. A
+profile may extend another: what it does not say itself it takes over, and says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -18,7 +20,7 @@ from kit.errors import ParameterError, did_you_mean
 if TYPE_CHECKING:
     import networkx as nx
 
-__all__ = ["Constant", "Curve", "Machine", "load_machine", "machines"]
+__all__ = ["Constant", "Curve", "Machine", "load_machine", "machines", "resolve"]
 
 BASES = ("measured", "derived", "estimate", "specified")
 
@@ -117,24 +119,69 @@ def machines() -> list[str]:
 
 @cache
 def load_machine(name: str) -> Machine:
-    """Read a profile.
+    """Read a profile, with what it takes over from the profiles that it extends.
 
     Raises
     ------
     ParameterError
-        The name is not a profile's, with the closest one.
+        The name is not a profile's, with the closest one; or the profile is not in order.
     """
     if name not in machines():
         raise ParameterError("machine", name, "one of " + ", ".join(machines()), did_you_mean(name, machines()))
-    import yaml
-
-    text = (resources.files("kit.sim") / "machines" / f"{name}.yaml").read_text("utf-8")
-    data = yaml.safe_load(text)
+    data = resolve(name, _read)
     constants = {key: Constant(**facts) for key, facts in data["constants"].items()}
-    wrong = [key for key, c in constants.items() if c.basis not in BASES or not c.source]
+    curves = {key: Curve(**facts) for key, facts in data["curves"].items()}
+    said: dict[str, Constant | Curve] = {**constants, **curves}
+    wrong = [key for key, c in said.items() if c.basis not in BASES or not c.source]
     if wrong:
         raise ParameterError("machine", name, "a profile whose constants all say source and basis: " + ", ".join(wrong))
-    curves = {key: Curve(**facts) for key, facts in data["curves"].items()}
     return Machine(
         name, data["title"], data["architecture"], constants, curves, data.get("nodes", []), data.get("links", [])
     )
+
+
+def resolve(name: str, read: Callable[[str], Mapping[str, Any]], extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a profile's data, completed from the profile that its ``extends`` names.
+
+    Its own constants and curves win. What it inherits keeps its value, says in its source from where
+    it was carried over, and is an estimate: it was found on another machine.
+
+    Parameters
+    ----------
+    name : str
+        The profile.
+    read : callable
+        Gives a profile's own data by its name.
+    extended_by : tuple of str
+        Profiles that led here.
+
+    Raises
+    ------
+    ParameterError
+        A profile that extends itself in the end, or one that does not exist.
+    """
+    chain = (*extended_by, name)
+    if name in extended_by:
+        raise ParameterError("extends", name, "a profile that does not lead back to itself: " + " -> ".join(chain))
+    own = dict(read(name))
+    above = own.pop("extends", None)
+    if above is None:
+        return own
+    base = resolve(above, read, chain)
+    for part in ("constants", "curves"):
+        carried = {
+            key: {**facts, "source": f"as {above}: {facts['source']}", "basis": "estimate"}
+            for key, facts in base[part].items()
+        }
+        own[part] = {**carried, **own.get(part, {})}
+    return {**base, **own}
+
+
+def _read(name: str) -> dict[str, Any]:
+    """Return a shipped profile's own data."""
+    if name not in machines():
+        raise ParameterError("extends", name, "one of " + ", ".join(machines()), did_you_mean(str(name), machines()))
+    import yaml
+
+    data: dict[str, Any] = yaml.safe_load((resources.files("kit.sim") / "machines" / f"{name}.yaml").read_text("utf-8"))
+    return data

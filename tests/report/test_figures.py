@@ -146,6 +146,9 @@ def test_one_batch_shows_that_batch_only() -> None:
     run = sequential_run()
     assert "fault batch 2 spans" in figures.one_batch(run, batch=3).alt
     assert figures.one_batch(run, batch=36).png is None
+    assert (
+        figures.one_batch(run).png == figures.one_batch(run, batch=29).png
+    )  # brings a block's half and evicts nothing
 
 
 @pytest.mark.parametrize(

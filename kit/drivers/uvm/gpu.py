@@ -26,6 +26,7 @@ __all__ = ["COSTS", "Gpu"]
 # Microseconds that a profile must give, and what each pays for.
 COSTS = {
     "interrupt": "fault buffer entry to running bottom half",
+    "idle_wake": "the CPU of the bottom half woken from deep idle",
     "gpu_first_fault": "once, on the process's first GPU fault",
     "fetch_batch": "a look at PUT and the start of a batch",
     "fetch_entry": "one raw fault-buffer entry read and coalesced",

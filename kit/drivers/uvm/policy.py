@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-from dataclasses import replace
-
 from kit.drivers.uvm.migrate import block_operation
-from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, VaBlock, VaRange, VaSpace
+from kit.drivers.uvm.types import CPU, GPU, VaBlock, VaRange, VaSpace
 from kit.drivers.uvm.va_block_map import uvm_va_block_add_mappings, uvm_va_block_unmap
 from kit.drivers.uvm.va_block_residency import (
     BlockContext,
     uvm_va_block_make_resident,
     uvm_va_block_make_resident_read_duplicate,
 )
-from kit.errors import DriverError
+from kit.drivers.uvm.va_block_split import split_span_as_needed
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -21,36 +18,6 @@ __all__ = [
     "uvm_api_disable_read_duplication", "uvm_api_enable_read_duplication", "uvm_api_set_accessed_by",
     "uvm_api_set_preferred_location", "uvm_api_unset_accessed_by", "uvm_api_unset_preferred_location",
 ]  # fmt: skip
-
-
-def _split(va_space: VaSpace, first: int, pages: int) -> list[VaRange]:
-    """Return the ranges of [first, first + pages), split at its ends as in split_span_as_needed.
-
-    Raises
-    ------
-    DriverError
-        EINVAL: pages outside managed memory, or an end inside a block that is in use.
-    """
-    for at in (first, first + pages):
-        va_range = va_space.find(at)
-        if va_range is None or va_range.first == at:
-            continue
-        if va_range.blocks.get(at // BLOCK_PAGES) is not None and at % BLOCK_PAGES:
-            why = f"page {at:#x} is inside a block that is in use; give advice before first touch or at 2 MiB boundaries"
-            raise DriverError(errno.EINVAL, "NV_ERR_INVALID_ADDRESS", "uvm_va_range_split", why)
-        upper = VaRange(
-            at, va_range.end - at, va_range.vma, va_space, va_range.slot + at - va_range.first, replace(va_range.policy)
-        )
-        upper.blocks = {i: b for i, b in va_range.blocks.items() if i * BLOCK_PAGES >= at}
-        for block in upper.blocks.values():
-            block.range = upper
-        va_range.blocks = {i: b for i, b in va_range.blocks.items() if i * BLOCK_PAGES < at}
-        va_range.pages = at - va_range.first
-        va_space.ranges.insert(va_space.ranges.index(va_range) + 1, upper)
-    found = [r for r in va_space.ranges if r.first < first + pages and first < r.end]
-    if sum(r.pages for r in found) != pages:
-        raise DriverError(errno.EINVAL, "NV_ERR_INVALID_ADDRESS", "split_span_as_needed", "not all of it is managed memory")
-    return found
 
 
 @waiting_step
@@ -69,7 +36,7 @@ def uvm_api_unset_preferred_location(va_space: VaSpace, thread: Thread, first: i
 def preferred_location_set(va_space: VaSpace, thread: Thread, first: int, pages: int, location: int | None) -> Wait:
     """Range by range (uvm_policy.c)."""
     thread.charge(va_space.gpu.costs.ioctl)
-    for va_range in _split(va_space, first, pages):
+    for va_range in (yield from split_span_as_needed(va_space, thread, first, pages)):
         yield from uvm_va_range_set_preferred_location(va_range, thread, location)
 
 
@@ -115,7 +82,7 @@ def uvm_api_unset_accessed_by(va_space: VaSpace, thread: Thread, first: int, pag
 def accessed_by_set(va_space: VaSpace, thread: Thread, first: int, pages: int, processor: int, on: bool) -> Wait:
     """Range by range (uvm_policy.c)."""
     thread.charge(va_space.gpu.costs.ioctl)
-    for va_range in _split(va_space, first, pages):
+    for va_range in (yield from split_span_as_needed(va_space, thread, first, pages)):
         policy = va_range.policy
         if on:
             policy.accessed_by |= {processor}
@@ -162,7 +129,7 @@ def uvm_api_disable_read_duplication(va_space: VaSpace, thread: Thread, first: i
 def read_duplication_set(va_space: VaSpace, thread: Thread, first: int, pages: int, on: bool) -> Wait:
     """Range by range (uvm_policy.c)."""
     thread.charge(va_space.gpu.costs.ioctl)
-    for va_range in _split(va_space, first, pages):
+    for va_range in (yield from split_span_as_needed(va_space, thread, first, pages)):
         if va_range.policy.read_duplication == on:
             continue
         va_range.policy.read_duplication = on

@@ -36,6 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 BLOCK, BATCH, BATCH_FLUSH, ONCE = range(4)
+DEEP_IDLE = 600.0  # microseconds without work before a CPU is let into C6 (Linux intel_idle.c, server cores)
 
 
 def start_bottom_half(gpu: Gpu) -> None:
@@ -49,6 +50,7 @@ def start_bottom_half(gpu: Gpu) -> None:
             pending[0].succeed()
 
     def run() -> Wait:
+        busy_until = 0.0
         while True:
             yield pending[0]
             pending[0] = engine.env.event()
@@ -56,11 +58,14 @@ def start_bottom_half(gpu: Gpu) -> None:
                 first = float(buffer.ring["time"][buffer.get % buffer.entries])
                 thread.now = max(engine.now, first)
                 thread.charge(gpu.costs.interrupt)
+                if thread.now - busy_until > DEEP_IDLE:
+                    thread.charge(gpu.costs.idle_wake)
                 if not gpu.seen_fault:
                     gpu.seen_fault = True
                     thread.charge(gpu.costs.gpu_first_fault)
                 yield from thread.sync()
                 yield from replayable_faults_isr_bottom_half(gpu, thread)
+                busy_until = thread.now
 
     buffer.interrupt = top_half
     engine.start(run())

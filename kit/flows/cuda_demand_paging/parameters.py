@@ -139,9 +139,16 @@ class CudaParameters(_DriverPolicy):
         choices=(8, 64, 512, 4096),
     )  # fmt: skip
     advice: str = parameter(
-        "none", "cudaMemAdvise on every array before first touch", group="Memory",
+        "none", "cudaMemAdvise on the arrays", group="Memory",
         choices=("none", "read_mostly", "preferred_location_gpu", "preferred_location_cpu", "accessed_by_gpu", "accessed_by_cpu"),
     )  # fmt: skip
+    advice_when: str = parameter(
+        "allocation", "when advice is given: at allocation, or after first touch", group="Memory",
+        choices=("allocation", "first_touch"),
+    )  # fmt: skip
+    advice_arrays: str = parameter(
+        "all", "which arrays get advice: all, or those that the kernel reads", group="Memory", choices=("all", "inputs")
+    )
     fault_buffer_entries: int = parameter(
         0, "entries of the replayable fault buffer, 0: the machine's", group="Memory", ge=0, le=1 << 20
     )

@@ -82,7 +82,7 @@ class Session:
 
     def first_touch(self) -> Session:
         """The CPU's accesses before the launch."""
-        return self._stage("first_touch", self._touch(self.program.first_touch(self.allocations)))
+        return self._stage("first_touch", self._first_touch())
 
     def kernel(self) -> Session:
         """Prefetch calls, launches, synchronisation."""
@@ -112,6 +112,18 @@ class Session:
             "cuda_demand_paging", self.scenario, self.parameters.model_dump(), metrics(self, conformance, checked), trace,
             conformance, checked, self.machine, self.allocations, self.stages, self.wall_s, self.errors,
         )  # fmt: skip
+
+    @property
+    def why(self) -> str:
+        """Say which counts of this program are exact and which depend on how warps are scheduled."""
+        p = self.parameters
+        if p.program == "vector_add" and p.grid > 1:
+            return (
+                "Many thread blocks run at once, and no source says whose miss reaches the fault buffer first. The kit lets "
+                f"warps drift apart by up to {self.machine['warp_spread']:g} us, drawn from the seed: the bytes moved are exact, "
+                "the number of copies and of fault groups varies from seed to seed, as it does from run to run on hardware."
+            )
+        return "The order of accesses is fixed by the program, so every count and every address below is exact."
 
     def _gpu_memory(self) -> int:
         p = self.parameters
@@ -146,7 +158,7 @@ class Session:
             self.allocations += [Allocation(name, va_range.first * PAGE + at, size) for name, size, at in members]
             if not self.gpu.hal.replayable_faults:
                 yield from uvm_api_set_range_group(self.va_space, cpu, va_range)
-        yield from self._advise()
+        yield from self._advise("allocation")
         yield from cpu.sync()
 
     def _populated(self) -> int:
@@ -171,10 +183,17 @@ class Session:
             used += whole
         return packed
 
-    def _advise(self) -> Wait:
-        advice, cpu, space = self.parameters.advice, self.cpu, self.va_space
+    def _first_touch(self) -> Wait:
+        yield from self._touch(self.program.first_touch(self.allocations))
+        yield from self._advise("first_touch")
+        yield from self.cpu.sync()
+
+    def _advise(self, when: str) -> Wait:
+        p, cpu, space = self.parameters, self.cpu, self.va_space
+        advice = p.advice if p.advice_when == when else "none"
+        which = self.program.inputs if p.advice_arrays == "inputs" else range(len(self.allocations))
         processor = GPU if advice.endswith("_gpu") else CPU
-        for array in self.allocations if advice != "none" else []:
+        for array in [self.allocations[i] for i in which] if advice != "none" else []:
             first, pages = array.va // PAGE, -(-array.bytes // PAGE)
             if advice == "read_mostly":
                 yield from uvm_api_enable_read_duplication(space, cpu, first, pages)

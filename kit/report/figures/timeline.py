@@ -33,11 +33,20 @@ def timeline(run: Run, stage: str = "") -> Figure:
         return finish(drawn, "timeline", "What ran when, one lane an actor.", timeline_words(run, window))
 
 
-def one_batch(run: Run, batch: int = 0) -> Figure:
-    """Draw the lanes around one fault batch, counted from 0: fetch, service, copies, and the GPU waiting."""
-    window = window_of_batch(run, batch)
-    if window is None:
-        return nothing("one_batch", f"This run has no fault batch number {batch}: the GPU did not fault so often.")
+def one_batch(run: Run, batch: int | None = None) -> Figure:
+    """Draw the lanes around one fault batch: fetch, service, copies, and the GPU waiting.
+
+    Parameters
+    ----------
+    run : Run
+    batch : int, optional
+        Which one, from 0; the one that took longest when left out.
+    """
+    found = window_of_batch(run, batch)
+    if found is None:
+        which = "no fault batch: the GPU did not fault" if batch is None else f"no fault batch number {batch}"
+        return nothing("one_batch", f"This run has {which}, so there is none to show.")
+    batch, window = found
     with style():
         drawn = canvas(230)
         axes = drawn.subplots()

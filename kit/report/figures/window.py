@@ -126,14 +126,19 @@ def window_of(run: Run, stage: str = "") -> Window:
     return Window(start, max(stop, start + 1.0))
 
 
-def window_of_batch(run: Run, batch: int) -> Window | None:
-    """Return the window of the `batch`-th fault batch, from 0, with room around it; None when there is none."""
+def window_of_batch(run: Run, batch: int | None = None) -> tuple[int, Window] | None:
+    """Return a fault batch's number, from 0, and its window with room around it; None when there is no such batch.
+
+    Without a number, it is the batch that took longest.
+    """
     rows = spans_of(run.trace, run.trace.spans.array(), ("UvmEventTypeGpuFault",))
-    if not 0 <= batch < len(rows):
+    if batch is None and len(rows):
+        batch = int(np.argmax(rows[:, COLUMN["end"]] - rows[:, COLUMN["start"]]))
+    if batch is None or not 0 <= batch < len(rows):
         return None
     start, stop = rows[batch, COLUMN["start"]], rows[batch, COLUMN["end"]]
     room = (stop - start) * 0.08
-    return Window(start - room, stop + room)
+    return batch, Window(start - room, stop + room)
 
 
 def end_of(run: Run) -> float:
