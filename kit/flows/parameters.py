@@ -48,7 +48,7 @@ def parameter(
     **bounds
         ``ge``, ``gt``, ``le``, ``lt`` as in pydantic.
     """
-    extra = {
+    extra: dict[str, Any] = {
         "unit": unit,
         "group": group,
         "choices": list(choices),
@@ -100,7 +100,7 @@ class Parameters(BaseModel):
     def rows(cls) -> Iterator[dict[str, Any]]:
         """Yield one row a parameter: name, type, default, unit, group, choices, programs, help, bounds."""
         for name, info in sorted(cls.model_fields.items(), key=lambda item: _group_rank(extra(item[1])["group"])):
-            default = info.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            default = info.get_default(call_default_factory=True)
             yield {
                 "name": name,
                 "type": getattr(info.annotation, "__name__", str(info.annotation)),

@@ -26,7 +26,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Integrity:
-    """Did every page keep its content?
+    """Whether every page kept its content.
 
     Attributes
     ----------

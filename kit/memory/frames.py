@@ -46,7 +46,9 @@ class Frames:
             ENOMEM: fewer than `count` frames are left.
         """
         if self.used + count > self.capacity:
-            raise DriverError(errno.ENOMEM, "NV_ERR_NO_MEMORY", "alloc_pages", f"{self.name} has no {count} frames left")
+            raise DriverError(
+                errno.ENOMEM, "NV_ERR_NO_MEMORY", "alloc_pages", f"{self.name} has no {count} frames left"
+            )
         self.used += count
         free = self._free.get(count)
         if free:

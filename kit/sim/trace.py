@@ -193,7 +193,7 @@ class Trace:
         """
         where = np.zeros(pages, dtype=np.int16)
         table = self.moves.array()
-        for start, end, page, count, _src, dst, _cause in table[table[:, 0] <= time]:
+        for _start, end, page, count, _src, dst, _cause in table[table[:, 0] <= time]:
             lo = max(int(page) - first_page, 0)
             hi = min(int(page + count) - first_page, pages)
             if lo < hi:

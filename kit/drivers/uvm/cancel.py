@@ -148,7 +148,7 @@ def push_cancel_on_gpu_global(gpu: Gpu, thread: Thread, reason: str) -> None:
 def _distinct(batch: FaultBatch) -> list[int]:
     keep = np.ones(len(batch), dtype=bool)
     keep[1:] = batch.page[1:] != batch.page[:-1]
-    return batch.page[keep].tolist()
+    return [int(page) for page in batch.page[keep]]
 
 
 def _refault(gpu: Gpu, thread: Thread) -> Wait:

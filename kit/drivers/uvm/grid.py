@@ -99,7 +99,7 @@ class GridKernel:
         """Slot of the first page of each array, so that a page's slot is one addition away."""
         pages = -(-self.bytes // 4096) + 1
         self.first_page = {a: a // 4096 for a in (*self.shape.reads, *self.shape.writes)}
-        self.slot = {}
+        self.slot: dict[int, NDArray[np.int64]] = {}
         for address, first in self.first_page.items():
             count = (address % 4096 + self.bytes - 1) // 4096 + 1
             self.slot[address] = table.walk(np.arange(first, first + min(count, pages)))
@@ -165,7 +165,8 @@ class GridKernel:
 
     def _slots(self, address: int, offset: NDArray[np.int64]) -> NDArray[np.int64]:
         table = self.slot[address]
-        return table[np.minimum((address % 4096 + offset) >> 12, len(table) - 1)]
+        found: NDArray[np.int64] = table[np.minimum((address % 4096 + offset) >> 12, len(table) - 1)]
+        return found
 
     def _granted(
         self, rights: NDArray[np.uint8], offset: NDArray[np.int64], inside: NDArray[np.bool_], arrays: tuple[int, ...], need: int
@@ -201,9 +202,10 @@ class GridKernel:
                 kinds.append(np.full(len(lanes), kind, dtype=np.int8))
                 sms.append(self._merge_groups(lanes, stall.storing))
                 delays.append(np.full(len(lanes), stall.delay))
-        page, kind, group, delay = (np.concatenate(x) for x in (pages, kinds, sms, delays))
+        page, group, delay = np.concatenate(pages), np.concatenate(sms), np.concatenate(delays)
+        access = np.concatenate(kinds)
         # Loads of one warp leave together: order by warp group, then array, as they were issued.
-        key = (page * (1 << 24) + group) * 2 + (kind == WRITE)
+        key = (page * (1 << 24) + group) * 2 + (access == WRITE)
         order = np.argsort(key, kind="stable")
         head = np.ones(len(order), dtype=bool)
         head[1:] = key[order][1:] != key[order][:-1]
@@ -216,7 +218,7 @@ class GridKernel:
             self.late.clear()
             keep = keep[~late]
         sm = (group[keep] >> 8) % self.sms
-        return Misses(page[keep], kind[keep], (sm % self.utlbs).astype(np.int32), delay[keep])
+        return Misses(page[keep], access[keep], (sm % self.utlbs).astype(np.int32), delay[keep])
 
     def _merge_groups(self, lanes: NDArray[np.int64], storing: bool) -> NDArray[np.int64]:
         """SM of each warp, and which of its miss entries: one entry merges so many warps of a thread block."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from kit.drivers.uvm.types import CPU, GPU, READ_ONLY, READ_WRITE_ATOMIC, MoreProcessingRequired, VaBlock, VaRange, VaSpace
 from kit.drivers.uvm.va_block_map import uvm_va_block_add_mappings_after_migration, uvm_va_block_map
@@ -71,9 +72,8 @@ def uvm_va_range_migrate_multi_block(
         block = uvm_va_range_block_create(va_range, thread, page)
         last = min(high, block.first + block.pages)
         mask = region(page - block.first, last - page)
-        yield from block_operation(
-            block, thread, lambda context, b=block, m=mask: uvm_va_block_migrate_locked(b, thread, context, m, destination, map_pages)
-        )
+        migrate = partial(uvm_va_block_migrate_locked, block, thread, mask=mask, destination=destination, map_pages=map_pages)
+        yield from block_operation(block, thread, migrate)
         end = max(end, block.tracker)
         page = last
     return end

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from kit.drivers.uvm.migrate import block_operation
 from kit.drivers.uvm.types import CPU, GPU, READ_WRITE_ATOMIC, VaBlock, VaRange, VaSpace
 from kit.drivers.uvm.va_block_map import uvm_va_block_map, uvm_va_block_unmap
@@ -62,9 +64,8 @@ def uvm_range_group_va_range_migrate(va_range: VaRange, thread: Thread) -> Wait:
     page, end = va_range.first, 0.0
     while page < va_range.end:
         block = uvm_va_range_block_create(va_range, thread, page)
-        yield from block_operation(
-            block, thread, lambda context, b=block: uvm_range_group_va_range_migrate_block_locked(b, thread, context)
-        )
+        operation = partial(uvm_range_group_va_range_migrate_block_locked, block, thread)
+        yield from block_operation(block, thread, operation)
         end = max(end, block.tracker)
         page = block.first + block.pages
     return end

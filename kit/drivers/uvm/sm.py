@@ -38,8 +38,16 @@ class Kernel(Protocol):
     """What runs on the GPU."""
 
     name: str
-    done: bool
-    stalled: int
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to run."""
+        ...
+
+    @property
+    def stalled(self) -> int:
+        """What waits for a replay."""
+        ...
 
     def advance(self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool) -> tuple[float, Misses | None]:
         """Run; return the time it took and the misses that stalled on the way.

@@ -39,8 +39,10 @@ else:
 
 
 class CudaParameters(_DriverPolicy):
-    """Everything that a scenario of this flow may set; names of driver parameters as documented,
-    without their ``uvm_perf_`` or ``uvm_`` prefix."""
+    """Everything that a scenario of this flow may set.
+
+    Driver parameters have their documented names without the ``uvm_perf_`` or ``uvm_`` prefix.
+    """
 
     flow: ClassVar[str] = "cuda_demand_paging"
 
@@ -60,7 +62,10 @@ class CudaParameters(_DriverPolicy):
         "cpu", "who writes the arrays first", choices=("cpu", "gpu", "none"), programs=("vector_add",)
     )
     init_arrays: str = parameter(
-        "inputs", "which arrays: those that the kernel reads, or all", choices=("inputs", "all"), programs=("vector_add",)
+        "inputs",
+        "which arrays: those that the kernel reads, or all",
+        choices=("inputs", "all"),
+        programs=("vector_add",),
     )
     init_order: str = parameter(
         "auto", "element by element over the arrays, or array by array; auto: interleaved with two arrays",
@@ -82,12 +87,17 @@ class CudaParameters(_DriverPolicy):
     )
     repeats: int = parameter(1, "kernel launches", programs=("vector_add", "stream"), ge=1, le=100_000)
     late_accesses: list[int] = parameter(
-        [], "input pages, counted from the first array, whose load missed the first fault batch (a warp-scheduling input)",
+        [], "input pages, from the first array, whose load came too late for the first batch (a warp-scheduling input)",
         programs=("vector_add",),
     )  # fmt: skip
     # unit_touch
     buffer_bytes: int = parameter(
-        2 * MIB, "size of the managed buffer", unit="B", programs=("three_lines", "unit_touch", "stream"), ge=1, le=1 << 46
+        2 * MIB,
+        "size of the managed buffer",
+        unit="B",
+        programs=("three_lines", "unit_touch", "stream"),
+        ge=1,
+        le=1 << 46,
     )
     unit_bytes: int = parameter(65536, "size of a unit", unit="B", programs=("unit_touch",), ge=4096)
     touch_units: list[int] = parameter(
@@ -109,7 +119,11 @@ class CudaParameters(_DriverPolicy):
     write_fraction: float = parameter(0.3, "share of touches that write", programs=("stream",), ge=0, le=1)
     zipf_exponent: float = parameter(1.1, "skew of the zipf pattern", programs=("stream",), gt=1, le=8)
     lanes: int = parameter(
-        0, "misses that the GPU keeps outstanding, 0: as many as the machine can", programs=("stream", "trace"), ge=0, le=1 << 20
+        0,
+        "misses that the GPU keeps outstanding, 0: as many as the machine can",
+        programs=("stream", "trace"),
+        ge=0,
+        le=1 << 20,
     )
     cpu_touches: int = parameter(
         0, "touches of the same pages by the CPU while the kernel runs", programs=("stream",), ge=0, le=1 << 24
@@ -117,7 +131,9 @@ class CudaParameters(_DriverPolicy):
     first_touch: str = parameter(
         "cpu", "who touches the buffer first", choices=("cpu", "gpu"), programs=("three_lines", "stream", "trace")
     )
-    trace_file: str = parameter("", "recorded access trace, .npz or lackey text; empty: the shipped one", programs=("trace",))
+    trace_file: str = parameter(
+        "", "recorded access trace, .npz or lackey text; empty: the shipped one", programs=("trace",)
+    )
     trace_limit: int = parameter(0, "records used, 0: all", programs=("trace",), ge=0)
     stray_bytes: int = parameter(
         0, "bytes past the buffer's end at which the kernel makes one illegal access, 0: none",
@@ -125,22 +141,29 @@ class CudaParameters(_DriverPolicy):
     )  # fmt: skip
     # memory
     range_bytes: int = parameter(
-        0, "size of a managed range into which allocations are packed, 0: each allocation has its own", unit="B", group="Memory", ge=0, le=1 << 46
+        0,
+        "size of a managed range into which allocations are packed, 0: each allocation has its own",
+        unit="B",
+        group="Memory",
+        ge=0,
+        le=1 << 46,
     )
     range_offset: int = parameter(
         0, "where the first range starts in its 2 MiB block", unit="B", group="Memory", ge=0, lt=2 * MIB
     )
-    gpu_memory_bytes: int = parameter(0, "GPU memory for managed data, 0: the machine's", unit="B", group="Memory", ge=0)
-    oversubscription: float = parameter(
-        0.0, "working set over GPU memory, 0: not set", group="Memory", ge=0, le=64
+    gpu_memory_bytes: int = parameter(
+        0, "GPU memory for managed data, 0: the machine's", unit="B", group="Memory", ge=0
     )
+    oversubscription: float = parameter(0.0, "working set over GPU memory, 0: not set", group="Memory", ge=0, le=64)
     payload_bytes: int = parameter(
         8, "bytes carried for each page: 8 (a stamp) to 4096 (all of it)", unit="B", group="Memory",
         choices=(8, 64, 512, 4096),
     )  # fmt: skip
     advice: str = parameter(
         "none", "cudaMemAdvise on the arrays", group="Memory",
-        choices=("none", "read_mostly", "preferred_location_gpu", "preferred_location_cpu", "accessed_by_gpu", "accessed_by_cpu"),
+        choices=(
+            "none", "read_mostly", "preferred_location_gpu", "preferred_location_cpu", "accessed_by_gpu", "accessed_by_cpu",
+        ),
     )  # fmt: skip
     advice_when: str = parameter(
         "allocation", "when advice is given: at allocation, or after first touch", group="Memory",

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.uvm.grid import GridKernel, Shape
 from kit.drivers.uvm.gpu import Gpu
+from kit.drivers.uvm.grid import GridKernel, Shape
 from kit.drivers.uvm.sm import Kernel, StreamKernel
 from kit.drivers.uvm.types import READ, REQUIRED_PROT, WRITE
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
@@ -23,7 +23,7 @@ PAGE = 4096
 
 @dataclass(frozen=True)
 class Accesses:
-    """An ordered list of page accesses: page numbers counted from the first allocation's, and which of them write."""
+    """An ordered list of page accesses: pages counted from the first allocation's, and which of them write."""
 
     page: NDArray[np.int64]
     write: NDArray[np.bool_]
@@ -94,14 +94,24 @@ def interleave(columns: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     return flat[flat >= 0]
 
 
-def stream_kernel(name: str, accesses: Accesses, base: int, gpu: Gpu, lanes: int, pause_us: float = 0.0) -> StreamKernel:
+def stream_kernel(
+    name: str, accesses: Accesses, base: int, gpu: Gpu, lanes: int, pause_us: float = 0.0
+) -> StreamKernel:
     """Make a kernel of a list of accesses."""
     pages = accesses.page + base
     kind = np.where(accesses.write, WRITE, READ).astype(np.int8)
     capacity = int(gpu.machine["misses_per_sm"] * gpu.machine["sms"])
     slots = gpu.table.walk(pages).astype(np.int64)
     return StreamKernel(
-        name, slots, pages, kind, REQUIRED_PROT[kind], lanes or capacity, int(gpu.machine["tpcs"]), gpu.costs.thread_miss, pause_us
+        name,
+        slots,
+        pages,
+        kind,
+        REQUIRED_PROT[kind],
+        lanes or capacity,
+        int(gpu.machine["tpcs"]),
+        gpu.costs.thread_miss,
+        pause_us,
     )
 
 
@@ -164,9 +174,7 @@ class VectorAdd(Program):
         made: list[Kernel] = []
 
         def grid(name: str, reads: list[int], writes: list[int], late: tuple[int, ...] = ()) -> Kernel:
-            shape = Shape(
-                p.n, p.grid, p.block, tuple(arrays[i].va for i in reads), tuple(arrays[i].va for i in writes)
-            )
+            shape = Shape(p.n, p.grid, p.block, tuple(arrays[i].va for i in reads), tuple(arrays[i].va for i in writes))
             return GridKernel(name, shape, gpu.table, gpu.machine, gpu.costs, late, p.seed)
 
         if p.init == "gpu":
@@ -274,7 +282,7 @@ class Trace(Program):
 
     def __post_init__(self) -> None:
         p = self.parameters
-        self.trace: AccessTrace = read_trace(Path(p.trace_file)) if p.trace_file else shipped_trace()
+        self.trace: AccessTrace = read_trace(Path(p.trace_file) if p.trace_file else shipped_trace())
         self.sizes = [("recorded", PAGE * len(self.trace.vpn))]
 
     def first_touch(self, arrays: list[Allocation]) -> Accesses:

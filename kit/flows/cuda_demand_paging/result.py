@@ -88,7 +88,5 @@ def metrics(session: Session, conformance: Conformance, checked: Integrity) -> d
 
 
 def _gpu_used(session: Session) -> int:
-    chunks = [
-        c.pages for r in session.va_space.ranges for b in r.blocks.values() for c in b.gpu_chunks.values()
-    ]
+    chunks = [c.pages for r in session.va_space.ranges for b in r.blocks.values() for c in b.gpu_chunks.values()]
     return sum(chunks) * 4096

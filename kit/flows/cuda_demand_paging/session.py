@@ -77,7 +77,7 @@ class Session:
             start_bottom_half(self.gpu)
 
     def allocate(self) -> Session:
-        """cudaMallocManaged for every array, and the advice; no page exists anywhere afterwards."""
+        """Call cudaMallocManaged for every array, and give advice; no page exists anywhere afterwards."""
         return self._stage("allocate", self._allocate())
 
     def first_touch(self) -> Session:
@@ -109,8 +109,8 @@ class Session:
         conformance = Documented.load("cuda_demand_paging").check(trace)
         checked = integrity(self.va_space)
         return Run(
-            "cuda_demand_paging", self.scenario, self.parameters.model_dump(), metrics(self, conformance, checked), trace,
-            conformance, checked, self.machine, self.allocations, self.stages, self.wall_s, self.errors,
+            "cuda_demand_paging", self.scenario, self.parameters.model_dump(), metrics(self, conformance, checked),
+            trace, conformance, checked, self.machine, self.allocations, self.stages, self.wall_s, self.errors,
         )  # fmt: skip
 
     @property
@@ -119,9 +119,10 @@ class Session:
         p = self.parameters
         if p.program == "vector_add" and p.grid > 1:
             return (
-                "Many thread blocks run at once, and no source says whose miss reaches the fault buffer first. The kit lets "
-                f"warps drift apart by up to {self.machine['warp_spread']:g} us, drawn from the seed: the bytes moved are exact, "
-                "the number of copies and of fault groups varies from seed to seed, as it does from run to run on hardware."
+                "Many thread blocks run at once, and no source says whose miss reaches the fault buffer first. The kit "
+                f"lets warps drift apart by up to {self.machine['warp_spread']:g} us, drawn from the seed: the bytes moved "
+                "are exact, the number of copies and of fault groups varies from seed to seed, as it does from run to run "
+                "on hardware."
             )
         return "The order of accesses is fixed by the program, so every count and every address below is exact."
 
@@ -132,8 +133,8 @@ class Session:
         working_set = sum(-(-size // PAGE) * PAGE for _, size in self.program.sizes)
         memory = int(working_set / p.oversubscription) // BLOCK * BLOCK
         if memory < BLOCK:
-            least = f"at most {working_set / BLOCK:.3g} with a working set of {working_set} B (one 2 MiB root chunk must be left)"
-            raise ParameterError("oversubscription", p.oversubscription, least)
+            most = f"at most {working_set / BLOCK:.3g}: a working set of {working_set} B must leave one 2 MiB root chunk"
+            raise ParameterError("oversubscription", p.oversubscription, most)
         return memory
 
     def _stage(self, name: str, work: Wait) -> Session:
@@ -175,7 +176,9 @@ class Session:
                 packed.append((whole, [(name, nbytes, 0)]))
                 continue
             if whole > size:
-                raise ParameterError("range_bytes", size, f"0, or at least {whole}: allocation {name} has {nbytes} bytes")
+                raise ParameterError(
+                    "range_bytes", size, f"0, or at least {whole}: allocation {name} has {nbytes} bytes"
+                )
             if not packed or used + whole > size:
                 packed.append((size, []))
                 used = 0
@@ -210,7 +213,9 @@ class Session:
         for at in range(0, len(accesses.page), max(step, 1)):
             part = slice(at, at + step)
             pages = accesses.page[part] + base
-            yield from self.va_space.mm.touch(cpu, pages, accesses.write[part], self.gpu.costs.cpu_touch_page, self._wrote)
+            yield from self.va_space.mm.touch(
+                cpu, pages, accesses.write[part], self.gpu.costs.cpu_touch_page, self._wrote
+            )
             yield from cpu.sync()
 
     def _wrote(self, pages: np.ndarray[Any, np.dtype[np.int64]]) -> None:
@@ -232,13 +237,15 @@ class Session:
             yield from self._prefetch(self.program.outputs, CPU)
 
     def _prefetch(self, which: list[int], destination: int) -> Wait:
-        """cudaMemPrefetchAsync in the default stream: what follows waits for the copies."""
+        """Call cudaMemPrefetchAsync in the default stream: what follows waits for the copies."""
         end = 0.0
         if self.gpu.hal.replayable_faults:
             for index in which:
                 array = self.allocations[index]
                 pages = -(-array.bytes // PAGE)
-                end = max(end, (yield from uvm_api_migrate(self.va_space, self.cpu, array.va // PAGE, pages, destination)))
+                end = max(
+                    end, (yield from uvm_api_migrate(self.va_space, self.cpu, array.va // PAGE, pages, destination))
+                )
         self.cpu.now = max(self.cpu.now, end)
         yield from self.cpu.sync()
 

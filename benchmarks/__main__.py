@@ -1,0 +1,61 @@
+"""Measure everything, each case in a process of its own, and print one table.
+
+``python -m benchmarks`` measures all, ``python -m benchmarks random`` one case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+
+from benchmarks.figure import Figure, report, timed
+
+CASES = ("imports", "touches", "sequential", "random", "oversubscribed", "notebook")
+
+
+def measure(case: str) -> list[Figure]:
+    """Run one case in this process."""
+    from benchmarks import start, streams, touches
+
+    cases = {
+        "imports": start.imports, "touches": touches.measure, "sequential": streams.sequential,
+        "random": streams.random, "oversubscribed": streams.oversubscribed, "notebook": start.notebook,
+    }  # fmt: skip
+    return cases[case]()
+
+
+def measure_apart(case: str) -> list[Figure]:
+    """Run one case in a new process: no case sees another's memory or caches."""
+    command = [sys.executable, "-m", "benchmarks", "--json", case]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [Figure(**row) for row in json.loads(done.stdout)]
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table; 2 when a case is not known."""
+    json_wanted, chosen = "--json" in arguments, [a for a in arguments if a != "--json"] or list(CASES)
+    unknown = [case for case in chosen if case not in CASES]
+    if unknown:
+        print(f"no case {unknown[0]!r}; there are: {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    if json_wanted:
+        print(json.dumps([asdict(figure) for case in chosen for figure in measure(case)]))
+        return 0
+    figures = []
+    for case in chosen:
+        print(f"measuring {case} ...", file=sys.stderr, flush=True)
+        figures += measure_apart(case)
+    loop = timed(lambda: [sum(range(1000)) for _ in range(1000)]) * 1e3
+    print(f"\nPython {platform.python_version()}, {os.cpu_count()} cores, sum(range(1000)) in {loop:.1f} us\n")
+    print(report(figures))
+    missed = sum(figure.ratio < 1 for figure in figures)
+    print(f"{len(figures) - missed} of {len(figures)} limits met." if missed else "Every limit met.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
