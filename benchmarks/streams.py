@@ -44,7 +44,7 @@ def oversubscribed() -> list[Figure]:
     name = "20 GiB on a 16 GiB GPU, 4 KiB pages"
     return [
         Figure(name, wall, 30, "s", False, f"whole run and result; {pages:,} pages checked, {lost:,} lost"),
-        Figure(name, peak, 2, "GB", False, f"most memory held; the simulated pages' stamps are {16 * pages / 1e9:.2f} GB"),
+        Figure(name, peak, 2, "GB", False, f"most memory held; the pages' stamps are {16 * pages / 1e9:.2f} GB"),
     ]
 
 

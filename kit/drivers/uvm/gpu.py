@@ -114,6 +114,7 @@ class Gpu:
         self.prefetch_faults_enabled = self.prefetch_faults_supported
         self.prefetch_faults_disabled_at = 0.0
         self.seen_fault = False
+        self.group_has_copies = bool(machine["group_has_copies"])
         self.cancelled: dict[int, str] = {}  # page -> reason
         self.cancelled_all = ""
         self.va_space: VaSpace | None = None

@@ -71,6 +71,7 @@ class GridKernel:
         seed: int = 0,
     ) -> None:  # fmt: skip
         self.rng, self.spread = np.random.default_rng([seed, 2]), float(machine["warp_spread"])
+        self.interval = float(machine["fault_interval"])
         self.name, self.shape, self.late = name, shape, set(late)
         threads = min(shape.block, WARP)
         self.warps_per_cta = -(-shape.block // WARP)
@@ -87,6 +88,7 @@ class GridKernel:
         hit, miss = float(costs.thread_hit), float(costs.thread_miss)  # type: ignore[attr-defined]
         lines = max(1.0, self.fold * self.span / LINE) if self.fold > 1 else 1.0
         self.step_us = self.fold * hit + lines * (miss - hit)
+        self.bandwidth = float(machine["memory_bandwidth"])  # bytes in a microsecond
         self._tables(table)
         self.next_warp = self.slots_in_flight
         self.warp = np.arange(self.slots_in_flight, dtype=np.int64)
@@ -153,7 +155,8 @@ class GridKernel:
         for kind, which in ((False, blocked & ~storing), (True, storing)):
             if which.any():
                 found.append(Stall(lanes[which], kind, spent + float(stop[which].max()) * self.step_us))
-        return float(stop.max()) * self.step_us
+        traffic = float(stop.sum()) * self.fold * self.span * len(self.shape.reads + self.shape.writes)
+        return max(float(stop.max()) * self.step_us, traffic / self.bandwidth)
 
     @property
     def _advance_bytes(self) -> int:
@@ -191,10 +194,10 @@ class GridKernel:
 
     def _faults(self, found: list[Stall], rights: NDArray[np.uint8]) -> Misses:
         """Turn stalled warps into fault-buffer entries, merged per SM, page and access."""
-        pages, kinds, sms, delays = [], [], [], []
+        pages, kinds, sms, delays, turns = [], [], [], [], []
         for stall in found:
             kind, arrays = (WRITE, self.shape.writes) if stall.storing else (READ, self.shape.reads)
-            for address in arrays:
+            for turn, address in enumerate(arrays):
                 offset = self._offset(stall.lanes)
                 missing = rights[self._slots(address, offset)] < kind
                 lanes, offset = stall.lanes[missing], offset[missing]
@@ -202,17 +205,21 @@ class GridKernel:
                 kinds.append(np.full(len(lanes), kind, dtype=np.int8))
                 sms.append(self._merge_groups(lanes, stall.storing))
                 delays.append(np.full(len(lanes), stall.delay))
+                turns.append(lanes * len(arrays) + turn)
         page, group, delay = np.concatenate(pages), np.concatenate(sms), np.concatenate(delays)
-        access = np.concatenate(kinds)
-        # Loads of one warp leave together: order by warp group, then array, as they were issued.
+        access, turn = np.concatenate(kinds), np.concatenate(turns)
+        # Misses leave warp by warp, the loads of one warp together.
+        issued = np.lexsort((turn, delay))
+        page, group, delay, access = page[issued], group[issued], delay[issued], access[issued]
         key = (page * (1 << 24) + group) * 2 + (access == WRITE)
         order = np.argsort(key, kind="stable")
         head = np.ones(len(order), dtype=bool)
         head[1:] = key[order][1:] != key[order][:-1]
         keep = np.sort(order[head])
-        # Warps drift apart: on their way to the fault buffer their misses mix.
-        delay = delay + (self.spread * self.rng.random(len(delay)) if len(keep) > 1 else 0.0)
-        keep = keep[np.argsort(delay[keep], kind="stable")]
+        if len(keep) > 1:  # warps drift apart: on their way to the fault buffer their misses mix
+            drift = self.interval * np.arange(len(keep)) + self.spread * self.rng.random(len(keep))
+            mixed = np.argsort(delay[keep] + drift, kind="stable")
+            keep, delay[keep] = keep[mixed], delay[keep] + drift
         if self.late:
             late = np.isin(page[keep], np.fromiter(self.late, dtype=np.int64))
             self.late.clear()

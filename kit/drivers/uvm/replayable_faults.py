@@ -258,10 +258,13 @@ def check_fault_access_permissions(
 
 
 def report_group(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
-    """Emit the batch as tools show it: the first faulting page, how often it faulted, until the copies end."""
+    """Emit the batch as tools show it: the first faulting page, how often it faulted, until the copies end.
+
+    With the first drivers that had such records they end with the bottom half's work.
+    """
     page = int(batch.page[0])
     same = batch.page == page
-    end = batch.copies_end or max(thread.now, batch.tracker)
+    end = (batch.copies_end or max(thread.now, batch.tracker)) if gpu.group_has_copies else thread.now
     distinct = 1 + int((batch.page[1:] != batch.page[:-1]).sum())
     thread.engine.trace.span(
         "UvmEventTypeGpuFault", "gpu", batch.first_time, end, va=page * PAGE, pages=distinct,

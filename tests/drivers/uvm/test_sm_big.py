@@ -1,0 +1,131 @@
+"""Any sequence of operations leaves the driver in a state that its invariants allow, with every byte where it belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+from drivers.uvm.harness import Harness
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kit.drivers.uvm.types import ATOMIC_STRONG, BLOCK_PAGES, CPU, GPU, READ, WRITE, VaRange
+
+# Sizes in pages: full blocks, short ones, no 64 KiB page at all, unaligned heads and tails.
+SIZES = st.sampled_from([1, 5, 16, 40, 130, 512, 600, 1024, 1100])
+OFFSETS = st.sampled_from([0, 0, 0, 3, 16, 250, 509])
+ADVICE = [
+    prefix + name
+    for prefix in ("", "un")
+    for name in ("read_mostly", "preferred_cpu", "preferred_gpu", "accessed_by_cpu", "accessed_by_gpu")
+]
+
+
+class Driver(RuleBasedStateMachine):
+    """Allocate, touch from either side, advise, prefetch, evict, free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranges: list[VaRange] = []
+
+    @initialize(
+        architecture=st.sampled_from(["pascal", "volta"]),
+        module=st.fixed_dictionaries(
+            {},
+            optional={
+                "prefetch_threshold": st.integers(1, 100),
+                "prefetch_min_faults": st.integers(1, 20),
+                "fault_batch_count": st.sampled_from([1, 3, 256]),
+                "fault_replay_policy": st.integers(0, 3),
+                "fault_coalesce": st.booleans(),
+                "cpu_chunk_allocation_sizes": st.sampled_from(["4K", "4K+64K", "4K+2M", "4K+64K+2M"]),
+                "pma_batch_nonpinned_order": st.integers(0, 2),
+                "thrashing_enable": st.booleans(),
+                "thrashing_threshold": st.integers(1, 3),
+                "thrashing_pin_threshold": st.integers(1, 3),
+                "thrashing_lapse_usec": st.sampled_from([500, 50_000]),
+            },
+        ),
+        roots=st.integers(1, 4),
+        entries=st.sampled_from([4096, 8, 2]),
+    )
+    def begin(self, architecture: str, module: dict[str, Any], roots: int, entries: int) -> None:
+        self.h = Harness(roots=roots, architecture=architecture, entries=entries, **module)
+
+    def pick(self, data: st.DataObject) -> VaRange:
+        return self.ranges[data.draw(st.integers(0, len(self.ranges) - 1))]
+
+    def some(self, data: st.DataObject, most: int = 24) -> list[int]:
+        """Pages of a range: scattered ones, or a run."""
+        chosen = self.pick(data)
+        last = chosen.vma.pages - 1
+        if data.draw(st.booleans()):
+            first = data.draw(st.integers(0, last))
+            count = min(data.draw(st.sampled_from([1, 17, 64, 520])), last + 1 - first)
+            return [chosen.vma.first + first + at for at in range(count)]
+        return [chosen.vma.first + p for p in data.draw(st.lists(st.integers(0, last), min_size=1, max_size=most))]
+
+    @precondition(lambda self: len(self.ranges) < 4)
+    @rule(pages=SIZES, offset=OFFSETS)
+    def allocate(self, pages: int, offset: int) -> None:
+        self.ranges.append(self.h.allocate(pages, offset))
+        assert set(self.h.where(self.ranges[-1])) == {"."}
+
+    @precondition(lambda self: self.ranges)
+    @rule(data=st.data(), write=st.booleans())
+    def cpu_touch(self, data: st.DataObject, write: bool) -> None:
+        self.h.touch(self.some(data), write)
+
+    @precondition(lambda self: self.ranges)
+    @rule(data=st.data(), lanes=st.sampled_from([1, 7, 64]))
+    def gpu_touch(self, data: st.DataObject, lanes: int) -> None:
+        pages = self.some(data)
+        access = [data.draw(st.sampled_from([READ, WRITE, ATOMIC_STRONG]))] * len(pages)
+        assert self.h.kernel(pages, access, lanes) is None
+
+    @precondition(lambda self: self.ranges)
+    @rule(data=st.data(), advice=st.sampled_from(ADVICE))
+    def advise(self, data: st.DataObject, advice: str) -> None:
+        chosen = self.pick(data).vma
+        first, end = chosen.first, chosen.end
+        if data.draw(st.booleans()):  # part of it: split at a 2 MiB boundary
+            cut = -(-(first + 1) // BLOCK_PAGES) * BLOCK_PAGES
+            first = cut if cut < end else first
+        self.h.advise(advice, first, end - first)
+
+    @precondition(lambda self: self.ranges)
+    @rule(data=st.data(), destination=st.sampled_from([CPU, GPU]))
+    def prefetch(self, data: st.DataObject, destination: int) -> None:
+        chosen = self.pick(data).vma
+        first = data.draw(st.integers(0, chosen.pages - 1))
+        count = data.draw(st.integers(1, chosen.pages - first))
+        self.h.prefetch(chosen.first + first, count, destination)
+
+    @precondition(lambda self: self.ranges)
+    @rule()
+    def evict(self) -> None:
+        self.h.evict()
+
+    @rule(microseconds=st.sampled_from([10.0, 1000.0, 200_000.0]))
+    def wait(self, microseconds: float) -> None:
+        self.h.wait(microseconds)
+        self.h.settle()
+
+    @precondition(lambda self: self.ranges)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        chosen = self.pick(data)
+        self.ranges.remove(chosen)
+        self.h.free(chosen)
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "h"):
+            self.h.check()
+
+
+TestDriver = Driver.TestCase
+TestDriver.settings = settings(
+    max_examples=1500, stateful_step_count=30, deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)  # fmt: skip
