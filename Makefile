@@ -1,4 +1,4 @@
-# make run | make test | make lab | make bench: each makes .venv first when it is missing or out of date.
+# make run | make test | make lab | make bench | make goldens: each makes .venv first when it is missing or out of date.
 PYTHON ?= python3
 OUT ?= out
 TEST_JOBS ?= 2
@@ -6,7 +6,7 @@ BIN := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := run
-.PHONY: run test lab bench clean
+.PHONY: run test lab bench goldens clean
 
 # Only this rule uses the network, and only when the list of packages has changed.
 $(STAMP): pyproject.toml constraints.txt
@@ -28,6 +28,10 @@ lab: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN) -m benchmarks
+
+# The only way in which goldens change; the commit says why.
+goldens: $(STAMP)
+	@$(BIN) -m kit.batch.expected
 
 clean:
 	rm -rf .venv $(OUT)

@@ -72,7 +72,8 @@ def plan(flow: str = "", scenario: str = "", everything: bool = False) -> list[J
         chosen = list(paths.scenarios(name)) if everything else [scenario or found.default]
         for each in chosen:
             given = registry.load_scenario(name, each)
-            registry.check(found.load(), given)
+            flow_of = found.load()
+            flow_of.open(registry.check(flow_of, given))  # finds what only a machine or a file can tell is wrong
             jobs.append(Job(name, each, paths.notebook(name), given))
     missing = [str(job.notebook) for job in jobs if not job.notebook.is_file()]
     if missing:

@@ -207,9 +207,9 @@ class GridKernel:
                 delays.append(np.full(len(lanes), stall.delay))
                 turns.append(lanes * len(arrays) + turn)
         page, group, delay = np.concatenate(pages), np.concatenate(sms), np.concatenate(delays)
-        access, turn = np.concatenate(kinds), np.concatenate(turns)
+        access, issue = np.concatenate(kinds), np.concatenate(turns)
         # Misses leave warp by warp, the loads of one warp together.
-        issued = np.lexsort((turn, delay))
+        issued = np.lexsort((issue, delay))
         page, group, delay, access = page[issued], group[issued], delay[issued], access[issued]
         key = (page * (1 << 24) + group) * 2 + (access == WRITE)
         order = np.argsort(key, kind="stable")
