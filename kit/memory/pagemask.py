@@ -7,7 +7,7 @@ of nanoseconds, an order less than a numpy call on 512 booleans. Bit *i* is page
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,14 +38,16 @@ def runs(mask: int) -> Iterator[tuple[int, int]]:
         at += length
 
 
-def from_pages(pages: NDArray[np.integer]) -> int:
+def from_pages(pages: Sequence[int] | NDArray[np.integer]) -> int:
     """Return the mask of the given page numbers (duplicates allowed), shape (n,)."""
-    if len(pages) == 1:
-        return 1 << int(pages[0])
-    if not len(pages):
-        return 0
-    marks = np.zeros(int(pages.max()) + 1, dtype=bool)
-    marks[pages] = True
+    if len(pages) < 8:
+        mask = 0
+        for page in pages:
+            mask |= 1 << int(page)
+        return mask
+    at = np.asarray(pages)
+    marks = np.zeros(int(at.max()) + 1, dtype=bool)
+    marks[at] = True
     return int.from_bytes(np.packbits(marks, bitorder="little").tobytes(), "little")
 
 

@@ -27,11 +27,12 @@ def table_names() -> dict[str, str]:
         "cuda_gpu_mem_time_sum": "nsys stats cuda_gpu_mem_time_sum: copies by time",
         "events": "the records that a profiler would show",
         "metrics": "the run's metrics",
+        "measured": "what was published about the same program on this machine, beside the run",
     }
 
 
 def _makers() -> dict[str, Callable[[Run], Table]]:
-    from kit.report import nsys, nvprof, tables
+    from kit.report import measured, nsys, nvprof, tables
 
     return {
         "nvprof": nvprof.um_summary,
@@ -43,6 +44,7 @@ def _makers() -> dict[str, Callable[[Run], Table]]:
         "cuda_gpu_mem_time_sum": nsys.cuda_gpu_mem_time_sum,
         "events": tables.events_table,
         "metrics": tables.metrics_table,
+        "measured": measured.measured,
     }
 
 

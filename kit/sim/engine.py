@@ -2,13 +2,16 @@
 
 A `Thread` is one actor (a kernel thread, a CPU core, a worker). Documented functions that cannot
 wait run as plain Python and only *charge* their cost to the thread's own clock; the thread falls
-back in step with everybody else at its next `Thread.sync`, which is one SimPy event whatever the
-number of pages handled. What other actors must not see in between is guarded by a `Lock`.
+back in step with everybody else at its next `Thread.sync`, which is at most one SimPy event whatever
+the number of pages handled, and none when nobody else has anything to do before that time. What
+other actors must not see in between is guarded by a `Lock`.
+
+What may wait is used with ``yield from``, and is an empty tuple when it turns out not to wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,25 @@ import simpy
 
 from kit.sim.trace import Trace
 
-__all__ = ["Engine", "Lock", "Thread", "Wait"]
+__all__ = ["Clock", "Engine", "Lock", "Thread", "Wait"]
 
 Wait = Generator[simpy.Event, Any, Any]
+NO_WAIT: tuple[simpy.Event, ...] = ()
+
+
+class Clock(simpy.Environment):
+    """SimPy's environment, which can also move on without an event when nothing is due in between."""
+
+    def leap(self, delay: float) -> bool:
+        """Let `delay` pass if nothing at all happens in that time; return whether it did.
+
+        It is what waiting for a timeout comes to when that timeout is the next event anyway.
+        """
+        time = self._now + delay
+        if self._queue and self._queue[0][0] <= time:
+            return False
+        self._now = time
+        return True
 
 
 class Engine:
@@ -33,7 +52,7 @@ class Engine:
     """
 
     def __init__(self, seed: int = 0, jitter: float = 0.0) -> None:
-        self.env = simpy.Environment()
+        self.env = Clock()
         self.trace = Trace()
         self.jitter = jitter
         self.rng = np.random.default_rng(seed)
@@ -51,22 +70,26 @@ class Engine:
         """Start a generator as a concurrent process."""
         return self.env.process(process)
 
+    def pause(self, delay: float) -> Iterable[simpy.Event]:
+        """Let `delay` microseconds pass for the running process."""
+        return NO_WAIT if self.env.leap(delay) else (self.env.timeout(delay),)
+
     def run(self, until: simpy.Event | None = None) -> Any:
         """Run until `until` has happened, or until nothing is left to do."""
         return self.env.run(until)
 
 
 class Thread:
-    """One actor: a clock of its own (``now``, microseconds), a stack of open spans."""
+    """One actor: a clock of its own (``now``, microseconds) and the row of its running span (-1: none)."""
 
-    __slots__ = ("_actor", "_env", "_trace", "engine", "keys", "name", "now", "spans", "stack")
+    __slots__ = ("_actor", "_env", "_trace", "engine", "keys", "name", "now", "row", "spans")
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine, self.name = engine, name
         self._env, self._trace, self.spans = engine.env, engine.trace, engine.trace.spans
         self._actor = engine.trace.actors(name)
         self.now: float = float(engine.env.now)
-        self.stack: list[int] = [-1]
+        self.row = -1
         self.keys: dict[str, int] = {}
 
     def charge(self, microseconds: float) -> None:
@@ -77,39 +100,30 @@ class Thread:
 
     def key(self, name: str) -> int:
         """Return this actor's span key of step `name`."""
-        found = self.keys[name] = self._trace.steps(name) << 8 | self._actor
+        found = self.keys[name] = self._trace.key(name, self.name)
         return found
 
-    def enter(self, name: str) -> int:
-        """Open a span named `name` under the running one."""
-        spans, stack = self.spans, self.stack
-        row = len(spans.end)
-        spans.end.append(0.0)
-        spans.start.append(self.now)
-        spans.key.append(self.keys.get(name) or self.key(name))
-        spans.parent.append(stack[-1])
-        stack.append(row)
-        return row
+    def note(
+        self, *, va: int = -1, pages: int = 0, bytes: int = 0, cause: str = "", status: str = "ok", value: float = 0
+    ) -> None:  # fmt: skip
+        """Fill in what the running step has learned about itself: columns of the spans from ``va`` on."""
+        self._trace.facts(self.row, va, pages, bytes, cause, status, value)
 
-    def leave(self, row: int) -> None:
-        """Close the running span."""
-        self.stack.pop()
-        self.spans.end[row] = self.now
+    def in_step(self) -> bool:
+        """Bring the common clock up to this actor's if nobody else acts before; return whether they agree."""
+        env = self._env
+        ahead = self.now - env.now
+        if ahead > 0 and not env.leap(ahead):
+            return False
+        self.now = env.now
+        return True
 
-    def note(self, **facts: float | str) -> None:
-        """Fill in what the running step has learned about itself (see `Trace.note`)."""
-        self._trace.note(self.stack[-1], **facts)
-
-    @property
-    def row(self) -> int:
-        """Row number of the running span, -1 outside any."""
-        return self.stack[-1]
-
-    def sync(self) -> Wait:
+    def sync(self) -> Iterable[simpy.Event]:
         """Let everybody else catch up with this actor's clock."""
-        ahead = self.now - self._env.now
-        if ahead > 0:
-            yield self._env.timeout(ahead)
+        return NO_WAIT if self.in_step() else self._catch_up()
+
+    def _catch_up(self) -> Wait:
+        yield self._env.timeout(self.now - self._env.now)
         self.now = float(self._env.now)
 
     def wait(self, event: simpy.Event) -> Wait:
@@ -127,22 +141,39 @@ class Lock:
 
     def __init__(self) -> None:
         self.holder: Thread | None = None
-        self._waiting: list[simpy.Event] = []
+        self._waiting: list[tuple[simpy.Event, Thread]] = []
 
-    def acquire(self, thread: Thread) -> Wait:
+    def acquire(self, thread: Thread) -> Iterable[simpy.Event]:
         """Take the lock for `thread`, in order of arrival."""
-        yield from thread.sync()
-        while self.holder is not None:
-            turn = thread.engine.env.event()
-            self._waiting.append(turn)
-            yield from thread.wait(turn)
-        self.holder = thread
+        if thread.in_step() and self.holder is None:
+            self.holder = thread
+            return NO_WAIT
+        return self._acquire(thread)
 
-    def release(self, thread: Thread) -> Wait:
+    def _acquire(self, thread: Thread) -> Wait:
+        yield from thread.sync()
+        if self.holder is None:
+            self.holder = thread
+            return
+        turn = thread.engine.env.event()
+        self._waiting.append((turn, thread))
+        yield from thread.wait(turn)
+
+    def release(self, thread: Thread) -> Iterable[simpy.Event]:
         """Give the lock up once everybody has caught up with the holder's clock."""
         if self.holder is not thread:
             raise RuntimeError(f"{thread.name} releases a lock held by {self.holder and self.holder.name}")
+        if thread.in_step():
+            self._give_up()
+            return NO_WAIT
+        return self._release(thread)
+
+    def _release(self, thread: Thread) -> Wait:
         yield from thread.sync()
+        self._give_up()
+
+    def _give_up(self) -> None:
         self.holder = None
-        if self._waiting:
-            self._waiting.pop(0).succeed()
+        if self._waiting:  # handed over, so that nobody who comes at the same moment can get in between
+            turn, self.holder = self._waiting.pop(0)
+            turn.succeed()

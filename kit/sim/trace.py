@@ -20,10 +20,8 @@ __all__ = ["MOVE_COLUMNS", "SPAN_COLUMNS", "Moves", "Names", "Spans", "Trace", "
 
 SPAN_COLUMNS = ("start", "end", "step", "actor", "parent", "va", "pages", "bytes", "cause", "status", "value")
 MOVE_COLUMNS = ("start", "end", "first_page", "pages", "src", "dst", "cause")
-_COMPACT = 1 << 17
 _STEP_SHIFT = 8  # a span's key is step << 8 | actor
-_COLUMN = {name: at for at, name in enumerate(SPAN_COLUMNS)}
-_FACTS = _COLUMN["va"]  # columns from here on are facts that only some spans have
+_FACTS = SPAN_COLUMNS.index("va")  # columns from here on are facts that only some spans have
 _WIDTH = 1 + len(SPAN_COLUMNS) - _FACTS
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,7 +48,7 @@ class Spans:
     ``step``, ``actor``, ``cause`` and ``status`` are ids into the trace's `Names`; ``parent`` is a
     row number or -1; ``va`` a virtual address in bytes or -1; ``value`` is what the profiler
     reports beside the bytes (faults in a group, program counter). What only some spans say about
-    themselves (every column from ``va`` on) is kept as sparse facts until `array` is asked for.
+    themselves (every column from ``va`` on) is kept as sparse facts until a column is asked for.
     """
 
     columns = SPAN_COLUMNS
@@ -58,38 +56,32 @@ class Spans:
     def __init__(self) -> None:
         self.start, self.end = array("d"), array("d")
         self.key, self.parent = array("q"), array("q")
-        self.said: list[tuple[int, dict[str, float]]] = []  # (row, facts) of running steps
-        self.whole = array("d")  # row and every fact of finished spans, _WIDTH doubles each
+        self.facts = array("d")  # a row number and the columns from va on, _WIDTH doubles each
 
     def __len__(self) -> int:
         return len(self.start)
 
     def array(self) -> NDArray[np.float64]:
         """Return all rows as a new array, shape (rows, columns)."""
-        rows = np.zeros((len(self), len(SPAN_COLUMNS)))
-        rows[:, _COLUMN["va"]] = -1
-        if len(self):
-            rows[:, 0], rows[:, 1] = self.start, self.end
-            key = np.array(self.key)
-            rows[:, 2], rows[:, 3] = key >> _STEP_SHIFT, key & ((1 << _STEP_SHIFT) - 1)
-            rows[:, 4] = self.parent
-        whole = np.array(self.whole).reshape(-1, _WIDTH)
-        rows[whole[:, 0].astype(np.int64), _FACTS:] = whole[:, 1:]
-        for row, facts in self.said:
-            for name, fact in facts.items():
-                rows[row, _COLUMN[name]] = fact
+        rows = np.empty((len(self), len(SPAN_COLUMNS)))
+        for at, name in enumerate(SPAN_COLUMNS):
+            rows[:, at] = self.column(name)
         return rows
-
-    def compact(self) -> None:
-        """Turn what steps said so far into plain numbers (dictionaries are fast to make, but large)."""
-        rows = self.array()[[row for row, _ in self.said]] if self.said else np.zeros((0, len(SPAN_COLUMNS)))
-        numbers = np.array([row for row, _ in self.said], dtype=np.float64)[:, None]
-        self.whole.frombytes(np.hstack([numbers, rows[:, _FACTS:]]).tobytes())
-        self.said.clear()
 
     def column(self, name: str) -> NDArray[np.float64]:
         """Return one column as a new array, shape (rows,)."""
-        return self.array()[:, _COLUMN[name]].copy()
+        if name in ("step", "actor"):
+            key = np.array(self.key, dtype=np.int64)
+            return (key >> _STEP_SHIFT if name == "step" else key & ((1 << _STEP_SHIFT) - 1)).astype(np.float64)
+        if name in ("start", "end", "parent"):
+            return np.array(getattr(self, name), dtype=np.float64)
+        facts = np.array(self.facts, dtype=np.float64).reshape(-1, _WIDTH)
+        blank = -1.0 if name == "va" else 0.0
+        said = facts[:, 1 + SPAN_COLUMNS.index(name) - _FACTS]
+        chosen = said != blank
+        column = np.full(len(self), blank)
+        column[facts[chosen, 0].astype(np.int64)] = said[chosen]
+        return column
 
 
 class Moves:
@@ -127,6 +119,7 @@ class Trace:
         self.actors = Names()
         self.causes = Names("")
         self.statuses = Names("ok")
+        self._keys: dict[tuple[str, str], int] = {}
 
     def span(
         self,
@@ -144,34 +137,25 @@ class Trace:
         value: float = 0,
     ) -> int:
         """Append one finished span and return its row number."""
-        row = self.open(self.steps(step), self.actors(actor), parent, start)
-        self.spans.end[row] = end
-        self.spans.whole.extend((row, va, pages, bytes, self.causes(cause), self.statuses(status), value))
-        return row
-
-    def open(self, step_id: int, actor_id: int, parent: int, start: float) -> int:
-        """Append a span that is still running; `close` sets its end."""
         spans = self.spans
-        row = len(spans.start)
+        row = len(spans.end)
         spans.start.append(start)
-        spans.end.append(start)
-        spans.key.append(step_id << _STEP_SHIFT | actor_id)
+        spans.end.append(end)
+        spans.key.append(self.key(step, actor))
         spans.parent.append(parent)
+        self.facts(row, va, pages, bytes, cause, status, value)
         return row
 
-    def close(self, row: int, end: float) -> None:
-        """Set the end of an open span."""
-        self.spans.end[row] = end
+    def facts(self, row: int, va: int, pages: int, bytes: int, cause: str, status: str, value: float) -> None:
+        """Say something about a span: a fact that is blank (-1 for `va`, else 0 or its word) says nothing."""
+        self.spans.facts.extend((row, va, pages, bytes, self.causes(cause), self.statuses(status), value))
 
-    def note(self, row: int, **facts: float | str) -> None:
-        """Fill in what a running step has learned about itself: columns of `SPAN_COLUMNS` from ``va`` on."""
-        for name in ("cause", "status"):
-            word = facts.get(name)
-            if isinstance(word, str):
-                facts[name] = self.causes(word) if name == "cause" else self.statuses(word)
-        self.spans.said.append((row, cast("dict[str, float]", facts)))
-        if len(self.spans.said) >= _COMPACT:
-            self.spans.compact()
+    def key(self, step: str, actor: str) -> int:
+        """Return the span key of a step by an actor."""
+        found = self._keys.get((step, actor))
+        if found is None:
+            found = self._keys[step, actor] = self.steps(step) << _STEP_SHIFT | self.actors(actor)
+        return found
 
     def move(self, start: float, end: float, first_page: int, pages: int, src: int, dst: int, cause: str = "") -> None:
         """Append a run of pages going from residency mask `src` to `dst`."""
@@ -211,36 +195,39 @@ def step(function: F) -> F:
 
     @wraps(function)
     def recorded(subject: Any, thread: Any, *args: Any, **kwargs: Any) -> Any:
-        stack, spans = thread.stack, thread.spans
+        spans, parent = thread.spans, thread.row
         ends = spans.end
-        row = len(ends)
+        row = thread.row = len(ends)
         ends.append(0.0)
         spans.start.append(thread.now)
-        try:
-            spans.key.append(thread.keys[name])
-        except KeyError:
-            spans.key.append(thread.key(name))
-        spans.parent.append(stack[-1])
-        stack.append(row)
+        spans.key.append(thread.keys.get(name) or thread.key(name))
+        spans.parent.append(parent)
         try:
             return function(subject, thread, *args, **kwargs)
         finally:
-            stack.pop()
+            thread.row = parent
             ends[row] = thread.now
 
     return cast(F, recorded)
 
 
 def waiting_step(function: F) -> F:
-    """`step` for a function that waits: a generator to be driven with ``yield from``."""
+    """`step` for a function that may wait, to be driven with ``yield from``; it may pass on what another returns."""
     name = function.__name__
 
     @wraps(function)
     def recorded(subject: Any, thread: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        row = thread.enter(name)
+        spans, parent = thread.spans, thread.row
+        ends = spans.end
+        row = thread.row = len(ends)
+        ends.append(0.0)
+        spans.start.append(thread.now)
+        spans.key.append(thread.keys.get(name) or thread.key(name))
+        spans.parent.append(parent)
         try:
             return (yield from function(subject, thread, *args, **kwargs))
         finally:
-            thread.leave(row)
+            thread.row = parent
+            ends[row] = thread.now
 
     return cast(F, recorded)

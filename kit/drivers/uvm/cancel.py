@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, preprocess_fault_batch
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.types import PAGE
@@ -34,13 +32,13 @@ def service_fault_batch_for_cancel(gpu: Gpu, thread: Thread) -> Wait:
     preprocess_fault_batch(gpu, thread, batch)
     at = 0
     while at < len(batch):
-        page = int(batch.page[at])
+        page = batch.page[at]
         if batch.fatal_type[at]:
             batch.fatal[page] = "InvalidFaultType"
             end = at + 1
         else:
             end = yield from service_fault_batch_dispatch(gpu, thread, batch, at)
-        for bad in sorted(set(batch.page[at:end].tolist()) & set(batch.fatal)):
+        for bad in sorted(set(batch.page[at:end]) & set(batch.fatal)):
             cancel_fault_precise_va(gpu, thread, bad, batch.fatal[bad])
         at = end
     yield from wait_replay(gpu, thread, fault_buffer_flush_locked(gpu, thread, batch, True))
@@ -73,7 +71,7 @@ def cancel_faults_precise_tlb(gpu: Gpu, thread: Thread) -> Wait:
         fetch_fault_buffer_entries(gpu, thread, batch, everything=True)
         if not len(batch):
             break
-        first_of = dict(zip(batch.utlb[::-1].tolist(), batch.page[::-1].tolist(), strict=True))
+        first_of = dict(zip(batch.utlb[::-1], batch.page[::-1], strict=True))
         preprocess_fault_batch(gpu, thread, batch)
         yield from service_fault_batch(gpu, thread, batch, cancel=True)
         if not batch.fatal:
@@ -146,9 +144,7 @@ def push_cancel_on_gpu_global(gpu: Gpu, thread: Thread, reason: str) -> None:
 
 
 def _distinct(batch: FaultBatch) -> list[int]:
-    keep = np.ones(len(batch), dtype=bool)
-    keep[1:] = batch.page[1:] != batch.page[:-1]
-    return [int(page) for page in batch.page[keep]]
+    return list(dict.fromkeys(batch.page))
 
 
 def _refault(gpu: Gpu, thread: Thread) -> Wait:

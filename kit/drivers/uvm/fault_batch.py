@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kit.drivers.uvm.fault_buffer import FaultBuffer
 from kit.drivers.uvm.gpu import Gpu
 from kit.sim.engine import Thread
@@ -15,7 +12,7 @@ from kit.sim.trace import step
 __all__ = ["FaultBatch", "fetch_fault_buffer_entries", "preprocess_fault_batch"]
 
 
-@dataclass
+@dataclass(slots=True)
 class FaultBatch:
     """uvm_fault_service_batch_context_t: one batch, its columns sorted by address, strongest access first.
 
@@ -23,13 +20,11 @@ class FaultBatch:
     entries that remain after the sort are duplicates of the first.
     """
 
-    id: int = 0
-    page: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    access: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
-    access_mask: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    instances: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    utlb: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    fatal_type: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
+    page: list[int] = field(default_factory=list)
+    access: list[int] = field(default_factory=list)
+    instances: list[int] = field(default_factory=list)
+    utlb: list[int] = field(default_factory=list)
+    fatal_type: list[int] = field(default_factory=list)
     first_time: float = 0.0
     num_cached: int = 0
     num_duplicates: int = 0
@@ -42,6 +37,12 @@ class FaultBatch:
 
     def __len__(self) -> int:
         return len(self.page)
+
+    def pick(self, rows: list[int]) -> None:
+        """Keep these rows, in this order."""
+        for name in ("page", "access", "instances", "utlb", "fatal_type"):
+            column = getattr(self, name)
+            setattr(self, name, [column[row] for row in rows])
 
 
 @step
@@ -60,58 +61,46 @@ def fetch_fault_buffer_entries(gpu: Gpu, thread: Thread, batch: FaultBatch, ever
     batch.num_cached = limit
     if not limit:
         return
-    raw = buffer.read(limit)
-    page, access = raw["page"].astype(np.int64), raw["access"].astype(np.int8)
-    batch.first_time = float(raw["time"].min())
+    time, batch.page, batch.access, batch.utlb, batch.fatal_type = buffer.read(limit)
+    batch.first_time = min(time)
+    batch.instances = [1] * limit
     coalesce = module.fault_coalesce and not (everything and not gpu.hal.cancel_by_address)
-    keep, instances, mask = _merge(page, access, raw["utlb"], raw["fatal"]) if coalesce and limit > 1 else _all(access)
-    batch.page, batch.access, batch.access_mask = page[keep], access[keep], mask
-    batch.utlb = raw["utlb"][keep].astype(np.int32)
-    batch.fatal_type, batch.instances = raw["fatal"][keep].astype(np.int8), instances
-    thread.note(pages=len(keep), value=limit)
+    if coalesce and len(set(batch.page)) < limit:
+        _merge(batch)
+    thread.note(pages=len(batch), value=limit)
 
 
-def _all(access: NDArray[np.int8]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    count = len(access)
-    return np.arange(count), np.ones(count, dtype=np.int64), np.int32(1) << access.astype(np.int32)
-
-
-def _merge(
-    page: NDArray[np.int64], access: NDArray[np.int8], utlb: NDArray[np.generic], fatal: NDArray[np.generic]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """Merge by the two documented rules; return representatives, instances and access masks.
+def _merge(batch: FaultBatch) -> None:
+    """Leave the representatives by the two documented rules, each with its number of instances.
 
     (a) with the last representative of the same uTLB when the page is the same; a stronger access
     makes the new entry the representative. (b) otherwise with the last representative of the batch
     when the page is the same and the access is not stronger. At most a batch of entries: the rules
     are sequential, so they are followed one by one.
     """
-    last_of: dict[int, int] = {}  # uTLB -> group of its last representative
-    heads: list[int] = []  # group -> representative's raw index
+    last_of: dict[int, int] = {}  # uTLB -> its last representative
+    heads: list[int] = []  # where in the batch each representative is
     counts: list[int] = []
-    masks: list[int] = []
     last = -1
-    rows = zip(page.tolist(), access.tolist(), utlb.tolist(), fatal.tolist(), strict=True)
-    pages, kinds = page.tolist(), access.tolist()
-    for index, (where, kind, source, bad) in enumerate(rows):
-        group = -1
-        if not bad:
-            own = last_of.get(source, -1)
-            if own >= 0 and pages[heads[own]] == where:
-                group = own
-                if kind > kinds[heads[own]]:
-                    heads[own] = index
-            elif last >= 0 and pages[heads[last]] == where and kind <= kinds[heads[last]]:
-                group = last
-        if group >= 0:
-            counts[group] += 1
-            masks[group] |= 1 << kind
+    pages, kinds = batch.page, batch.access
+    for at, (page, access, utlb, fatal) in enumerate(zip(pages, kinds, batch.utlb, batch.fatal_type, strict=True)):
+        found = -1
+        if not fatal:
+            own = last_of.get(utlb, -1)
+            if own >= 0 and pages[heads[own]] == page:
+                found = own
+                if access > kinds[heads[own]]:
+                    heads[own] = at
+            elif last >= 0 and pages[heads[last]] == page and access <= kinds[heads[last]]:
+                found = last
+        if found >= 0:
+            counts[found] += 1
             continue
-        last = last_of[source] = len(heads)
-        heads.append(index)
+        last = last_of[utlb] = len(heads)
+        heads.append(at)
         counts.append(1)
-        masks.append(1 << kind)
-    return np.array(heads), np.array(counts, dtype=np.int64), np.array(masks, dtype=np.int32)
+    batch.pick(heads)
+    batch.instances = counts
 
 
 @step
@@ -120,9 +109,9 @@ def preprocess_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
     count = len(batch)
     thread.charge(count * gpu.costs.preprocess_entry)
     if count > 1:
-        order = np.lexsort((-batch.access, batch.page))
-        for name in ("page", "access", "access_mask", "instances", "utlb", "fatal_type"):
-            setattr(batch, name, getattr(batch, name)[order])
+        rank = [page * 8 - access for page, access in zip(batch.page, batch.access, strict=True)]
+        if rank != sorted(rank):
+            batch.pick(sorted(range(count), key=rank.__getitem__))
 
 
 def flush(buffer: FaultBuffer, now: float, update_put: bool) -> int:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FIELDS", "FaultBuffer"]
+__all__ = ["FaultBuffer"]
 
 # One entry, as columns: arrival time, virtual page, access type, uTLB, fault type (0: not fatal).
-FIELDS = ("time", "page", "access", "utlb", "fatal")
 _TYPES = (np.float64, np.int64, np.int8, np.int32, np.int8)
+Column = Sequence[float] | NDArray[np.generic]
 
 
 class FaultBuffer:
@@ -29,7 +30,7 @@ class FaultBuffer:
 
     def __init__(self, entries: int) -> None:
         self.entries = entries
-        self.ring = {name: np.zeros(entries, dtype=kind) for name, kind in zip(FIELDS, _TYPES, strict=True)}
+        self.ring = tuple(np.zeros(entries, dtype=kind) for kind in _TYPES)
         self.get = self.put = 0  # counters that never wrap; the ring index is the remainder
         self.cached_put = 0
         self.overflow = False
@@ -42,15 +43,17 @@ class FaultBuffer:
         """Entries that still fit."""
         return self.entries - 1 - (self.put - self.get)
 
-    def write(
-        self, time: NDArray[np.float64], page: NDArray[np.int64], access: NDArray[np.integer], utlb: NDArray[np.integer],
-        fatal: NDArray[np.integer] | int = 0,
-    ) -> None:  # fmt: skip
+    @property
+    def first_time(self) -> float:
+        """Arrival of the entry at GET."""
+        return float(self.ring[0][self.get % self.entries])
+
+    def write(self, time: Column, page: Column, access: Column, utlb: Column, fatal: Column | int = 0) -> None:
         """Append faults in order of arrival, dropping what does not fit, and raise the interrupt.
 
         Parameters
         ----------
-        time, page, access, utlb, fatal : ndarray, shape (n,)
+        time, page, access, utlb, fatal : sequence or ndarray, shape (n,)
         """
         room = 0 if self.overflow else min(len(page), self.space)
         if room < len(page):
@@ -58,10 +61,10 @@ class FaultBuffer:
             self.dropped += len(page) - room
         if room:
             self.last_time = float(time[room - 1])
-            at = (self.put + np.arange(room)) % self.entries
-            columns = (time[:room], page[:room], access[:room], utlb[:room], fatal if isinstance(fatal, int) else fatal[:room])
-            for name, column in zip(FIELDS, columns, strict=True):
-                self.ring[name][at] = column
+            at = self._places(self.put, room)
+            columns = (time, page, access, utlb, fatal)
+            for place, column in zip(self.ring, columns, strict=True):
+                place[at] = column if isinstance(column, int) else column[:room]
             self.put += room
             self.interrupt()
 
@@ -70,13 +73,12 @@ class FaultBuffer:
         count = self.put - self.get
         if not count or self.last_time <= now:
             return self.put
-        times = self.ring["time"][(self.get + np.arange(count)) % self.entries]
-        return self.get + int(np.searchsorted(times, now, side="right"))
+        return self.get + int(np.searchsorted(self.ring[0][self._places(self.get, count)], now, side="right"))
 
-    def read(self, count: int) -> dict[str, NDArray[np.generic]]:
-        """Take `count` entries from GET on; moving GET clears the overflow."""
-        at = (self.get + np.arange(count)) % self.entries
-        taken = {name: column[at] for name, column in self.ring.items()}
+    def read(self, count: int) -> list[list[Any]]:
+        """Take `count` entries from GET on, as columns of plain numbers; moving GET clears the overflow."""
+        at = self._places(self.get, count)
+        taken = [column[at].tolist() for column in self.ring]
         self.advance(self.get + count)
         return taken
 
@@ -84,3 +86,10 @@ class FaultBuffer:
         """Write GET, and by a second write clear OVERFLOW."""
         self.get = get
         self.overflow = False
+
+    def _places(self, first: int, count: int) -> slice | NDArray[np.int64]:
+        """Return where in the ring `count` entries from counter `first` are."""
+        start = first % self.entries
+        if start + count <= self.entries:
+            return slice(start, start + count)
+        return np.arange(first, first + count) % self.entries

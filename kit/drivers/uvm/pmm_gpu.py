@@ -47,6 +47,12 @@ class Chunk:
         return self.root.index * BLOCK_PAGES + self.offset
 
 
+def _first_owner(root: RootChunk) -> VaBlock | None:
+    """Return the block that owns the lowest chunk left in a root chunk, None when all are gone."""
+    left = [chunk for chunk in root.owners.values() if chunk.block is not None]
+    return min(left, key=lambda chunk: chunk.offset).block if left else None
+
+
 class Pmm:
     """uvm_pmm_gpu_t.
 
@@ -138,9 +144,9 @@ class Pmm:
     def split_gpu_chunk(self, thread: Thread, chunk: Chunk, pages: int) -> Chunk:
         """Cut a chunk into pieces of `pages` pages; the first is returned, the rest are free (uvm_pmm_gpu.c)."""
         thread.charge(self.gpu.costs.chunk_alloc)
-        pieces = [
-            Chunk(chunk.root, chunk.offset + at, pages, zeroed=chunk.zeroed) for at in range(0, chunk.pages, pages)
-        ]
+        # Only the piece that is used keeps the mark of zeroed memory: freeing the others drops it.
+        pieces = [Chunk(chunk.root, chunk.offset + at, pages) for at in range(0, chunk.pages, pages)]
+        pieces[0].zeroed = chunk.zeroed
         self.splits[pages] += pieces[1:]
         return pieces[0]
 
@@ -214,12 +220,27 @@ class Pmm:
     def evict_root_chunk(self, thread: Thread, root: RootChunk) -> Wait:
         """Move every page resident in the chunk to the CPU, block by block (uvm_pmm_gpu.c)."""
         self.evictions += 1
-        for block in list({id(c.block): c.block for c in root.owners.values() if c.block}.values()):
-            yield from self.evict_root_chunk_from_va_block(thread, root, block)
-        for size, free in self.splits.items():
-            self.splits[size] = [c for c in free if c.root is not root]
+        pieces = self._take_pieces(root)  # pinned: nobody else may claim them meanwhile
+        try:
+            while (owner := _first_owner(root)) is not None:
+                yield from self.evict_root_chunk_from_va_block(thread, root, owner)
+        except DriverError:
+            root.in_eviction = False
+            gone = [c for c in root.owners.values() if c.block is None]
+            root.owners = {offset: c for offset, c in root.owners.items() if c.block is not None}
+            for piece in [*pieces, *gone]:
+                self.splits[piece.pages].append(Chunk(root, piece.offset, piece.pages))
+            self.mark_used(root)
+            raise
         root.owners.clear()
         root.in_eviction, root.zeroed, root.pins = False, False, 0
+
+    def _take_pieces(self, root: RootChunk) -> list[Chunk]:
+        """Take the free pieces of a split root chunk off the free lists and return them."""
+        taken = [piece for free in self.splits.values() for piece in free if piece.root is root]
+        for size, free in self.splits.items():
+            self.splits[size] = [piece for piece in free if piece.root is not root]
+        return taken
 
     @waiting_step
     def evict_root_chunk_from_va_block(self, thread: Thread, root: RootChunk, block: VaBlock) -> Wait:
@@ -227,8 +248,10 @@ class Pmm:
         from kit.drivers.uvm.va_block_evict import uvm_va_block_evict_chunks
 
         yield from block.lock.acquire(thread)
-        yield from uvm_va_block_evict_chunks(block, thread, root)
-        yield from block.lock.release(thread)
+        try:
+            yield from uvm_va_block_evict_chunks(block, thread, root)
+        finally:
+            yield from block.lock.release(thread)
 
     def unpin(self, chunk: Chunk) -> None:
         """End of the operation that allocated `chunk`: it can be evicted from now on."""
@@ -260,6 +283,9 @@ class Pmm:
     def free(self, thread: Thread, chunk: Chunk) -> None:
         """uvm_pmm_gpu_free: give a chunk back, merging eagerly; one free root chunk returns to PMA."""
         root = chunk.root
+        if root.in_eviction:
+            chunk.block = None  # stays pinned: whoever evicts the root chunk picks it up
+            return
         root.owners.pop(chunk.offset, None)
         if chunk.pages < BLOCK_PAGES:
             if root.owners or root.pins:
@@ -268,8 +294,7 @@ class Pmm:
                 if not root.pins:
                     self.mark_used(root)
                 return
-            for size, free in self.splits.items():
-                self.splits[size] = [c for c in free if c.root is not root]
+            self._take_pieces(root)
         self._unlist(root)
         root.zeroed = False
         self.free_dirty.append(root)

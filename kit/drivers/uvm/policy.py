@@ -43,10 +43,15 @@ def preferred_location_set(va_space: VaSpace, thread: Thread, first: int, pages:
 @waiting_step
 def uvm_va_range_set_preferred_location(va_range: VaRange, thread: Thread, location: int | None) -> Wait:
     """Block by block (uvm_va_range.c)."""
-    va_range.policy.preferred_location = location
-    if location is None:
+    policy, old = va_range.policy, va_range.policy.preferred_location
+    if location == old:
         return
+    policy.preferred_location = location
     for block in list(va_range.blocks.values()):
+        if old is not None and old in policy.accessed_by:
+            yield from uvm_va_block_set_accessed_by(block, thread, old)
+        if location is None:
+            continue
         yield from block.lock.acquire(thread)
         uvm_va_block_set_preferred_location_locked(block, thread, location)
         yield from block.lock.release(thread)
@@ -86,31 +91,33 @@ def accessed_by_set(va_space: VaSpace, thread: Thread, first: int, pages: int, p
         policy = va_range.policy
         if on:
             policy.accessed_by |= {processor}
-            yield from uvm_va_range_set_accessed_by(va_range, thread)
+            yield from uvm_va_range_set_accessed_by(va_range, thread, processor)
         else:
             policy.accessed_by -= {processor}
 
 
 @waiting_step
-def uvm_va_range_set_accessed_by(va_range: VaRange, thread: Thread) -> Wait:
+def uvm_va_range_set_accessed_by(va_range: VaRange, thread: Thread, processor: int) -> Wait:
     """Block by block (uvm_va_range.c)."""
     for block in list(va_range.blocks.values()):
-        yield from uvm_va_block_set_accessed_by(block, thread)
+        yield from uvm_va_block_set_accessed_by(block, thread, processor)
 
 
 @waiting_step
-def uvm_va_block_set_accessed_by(block: VaBlock, thread: Thread) -> Wait:
-    """Map what is resident now, and wait for it (uvm_va_block.c)."""
+def uvm_va_block_set_accessed_by(block: VaBlock, thread: Thread, processor: int) -> Wait:
+    """Map what is resident now, and wait for it; read duplication takes precedence (uvm_va_block.c)."""
+    if block.range.policy.read_duplication:
+        return
     yield from block.lock.acquire(thread)
-    uvm_va_block_set_accessed_by_locked(block, thread)
+    uvm_va_block_set_accessed_by_locked(block, thread, processor)
     thread.now = max(thread.now, block.tracker)
     yield from block.lock.release(thread)
 
 
 @step
-def uvm_va_block_set_accessed_by_locked(block: VaBlock, thread: Thread) -> None:
+def uvm_va_block_set_accessed_by_locked(block: VaBlock, thread: Thread, processor: int) -> None:
     """Add the mappings (uvm_va_block.c)."""
-    uvm_va_block_add_mappings(block, thread, block.all_pages)
+    uvm_va_block_add_mappings(block, thread, block.all_pages, processor)
 
 
 @waiting_step
@@ -181,5 +188,5 @@ def va_block_unset_read_duplication_locked(block: VaBlock, thread: Thread, conte
     survivor = CPU if preferred is None else preferred
     if duplicated:
         yield from uvm_va_block_make_resident(block, thread, context, survivor, duplicated, 0, "api")
-    if block.range.policy.accessed_by:
-        uvm_va_block_set_accessed_by_locked(block, thread)
+    for processor in sorted(block.range.policy.accessed_by):
+        uvm_va_block_set_accessed_by_locked(block, thread, processor)

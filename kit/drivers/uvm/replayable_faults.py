@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from bisect import bisect_left, bisect_right
 
 from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, flush, preprocess_fault_batch
 from kit.drivers.uvm.gpu import Gpu
@@ -36,6 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 BLOCK, BATCH, BATCH_FLUSH, ONCE = range(4)
+NEEDED: list[int] = REQUIRED_PROT.tolist()
 DEEP_IDLE = 600.0  # microseconds without work before a CPU is let into C6 (Linux intel_idle.c, server cores)
 
 
@@ -55,8 +55,7 @@ def start_bottom_half(gpu: Gpu) -> None:
             yield pending[0]
             pending[0] = engine.env.event()
             while buffer.get != buffer.put:
-                first = float(buffer.ring["time"][buffer.get % buffer.entries])
-                thread.now = max(engine.now, first)
+                thread.now = max(engine.now, buffer.first_time)
                 thread.charge(gpu.costs.interrupt)
                 if thread.now - busy_until > DEEP_IDLE:
                     thread.charge(gpu.costs.idle_wake)
@@ -87,7 +86,7 @@ def uvm_parent_gpu_service_replayable_faults(gpu: Gpu, thread: Thread) -> Wait:
     module = gpu.module
     batches = throttled = replays = 0
     while throttled < module.fault_max_throttle_per_service and batches < module.fault_max_batches_per_service:
-        batch = FaultBatch(id=batches)
+        batch = FaultBatch()
         fetch_fault_buffer_entries(gpu, thread, batch)
         if not batch.num_cached:
             break
@@ -126,7 +125,7 @@ def service_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch, cancel: boo
     at = 0
     while at < len(batch):
         if batch.fatal_type[at]:
-            batch.fatal[int(batch.page[at])] = "InvalidFaultType"
+            batch.fatal[batch.page[at]] = "InvalidFaultType"
             at += 1
             continue
         at = yield from service_fault_batch_dispatch(gpu, thread, batch, at)
@@ -138,13 +137,13 @@ def service_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch, cancel: boo
 def service_fault_batch_dispatch(gpu: Gpu, thread: Thread, batch: FaultBatch, at: int) -> Wait:
     """Find the block of fault `at`, serve all faults inside it, return the next fault (uvm_gpu_replayable_faults.c)."""
     thread.charge(gpu.costs.service_block)
-    page = int(batch.page[at])
+    page = batch.page[at]
     assert gpu.va_space is not None
     block = uvm_va_block_find_create_in_range(gpu.va_space, thread, page)
     if block is None:
         service_fault_batch_fatal_notify(gpu, thread, batch, at)
-        return at + int(np.searchsorted(batch.page[at:], page, side="right"))
-    end = at + int(np.searchsorted(batch.page[at:], block.first + block.pages))
+        return bisect_right(batch.page, page, at)
+    end = bisect_left(batch.page, block.first + block.pages, at)
     yield from service_fault_batch_block(gpu, thread, batch, block, at, end)
     return end
 
@@ -152,9 +151,9 @@ def service_fault_batch_dispatch(gpu: Gpu, thread: Thread, batch: FaultBatch, at
 @step
 def service_fault_batch_fatal_notify(gpu: Gpu, thread: Thread, batch: FaultBatch, at: int) -> None:
     """No range there: fatal, unless it was only a prefetch (uvm_gpu_replayable_faults.c)."""
-    page = int(batch.page[at])
+    page = batch.page[at]
     if batch.access[at] == PREFETCH:
-        batch.num_invalid_prefetch += int(batch.instances[at])
+        batch.num_invalid_prefetch += batch.instances[at]
     else:
         batch.fatal[page] = "InvalidAddress"
     thread.note(va=page * PAGE, pages=1, status="NV_ERR_INVALID_ADDRESS")
@@ -184,18 +183,13 @@ def service_fault_batch_block_locked(
 ) -> Wait:
     """Policy for every faulting page, then one service operation (uvm_gpu_replayable_faults.c)."""
     context.reset()
-    pages = batch.page[start:end] - block.first
-    access = batch.access[start:end]
-    first = np.ones(len(pages), dtype=bool)
-    if len(pages) > 1:
-        first[1:] = pages[1:] != pages[:-1]
-    distinct, instances = int(np.count_nonzero(first)), int(batch.instances[start:end].sum())
+    strongest = _strongest(batch, start, end)
+    distinct, instances = len(strongest), sum(batch.instances[start:end])
     thread.note(va=block.va, pages=distinct, value=instances)
     thread.charge(distinct * gpu.costs.service_fault)
     if not context.num_retries:
         update_batch_and_notify_fault(gpu, thread, batch, instances - distinct)
-    allowed = check_fault_access_permissions(gpu, thread, batch, block, start, end, first)
-    _wanted(context, pages[allowed], access[allowed])
+    _wanted(context, block, check_fault_access_permissions(gpu, thread, batch, block, strongest))
     rights = block.pte[GPU]
     for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
         context.wanted[prot] &= ~rights[prot]  # the GPU already has the right: spurious
@@ -210,17 +204,20 @@ def service_fault_batch_block_locked(
         batch.copies_end = max(batch.copies_end, context.block_context.copies_end)
 
 
-def _wanted(context: ServiceContext, pages: NDArray[np.int64], access: NDArray[np.int8]) -> None:
+def _strongest(batch: FaultBatch, start: int, end: int) -> dict[int, int]:
+    """Return the strongest access on each page, which is the first of its faults."""
+    return dict(zip(reversed(batch.page[start:end]), reversed(batch.access[start:end]), strict=True))
+
+
+def _wanted(context: ServiceContext, block: VaBlock, strongest: dict[int, int]) -> None:
     """Sort faulting pages by the right that their strongest access needs."""
-    if len(pages) == 1:
-        mask = 1 << int(pages[0])
-        context.wanted[int(REQUIRED_PROT[access[0]])] = mask
-        context.atomics_only = mask if access[0] >= ATOMIC_WEAK else 0
-        return
-    needed = REQUIRED_PROT[access]
-    for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
-        context.wanted[prot] = from_pages(pages[needed == prot])
-    context.atomics_only = from_pages(pages[access >= ATOMIC_WEAK])
+    pages: dict[int, list[int]] = {READ_ONLY: [], READ_WRITE: [], READ_WRITE_ATOMIC: []}
+    for page, access in strongest.items():
+        pages[NEEDED[access]].append(page - block.first)
+    for right, indices in pages.items():
+        context.wanted[right] = from_pages(indices)
+    atomics = [page - block.first for page, access in strongest.items() if access >= ATOMIC_WEAK]
+    context.atomics_only = from_pages(atomics)
 
 
 def _thrashing_hints(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext) -> None:
@@ -246,15 +243,13 @@ def update_batch_and_notify_fault(gpu: Gpu, thread: Thread, batch: FaultBatch, d
 
 @step
 def check_fault_access_permissions(
-    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, start: int, end: int, first: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
+    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, strongest: dict[int, int]
+) -> dict[int, int]:
     """Return which faults may be served; a write to a read-only area is fatal (uvm_gpu_replayable_faults.c)."""
     if block.range.vma.prot & 2:
-        return first
-    writes = batch.access[start:end] > READ
-    for page in batch.page[start:end][writes & first].tolist():
-        batch.fatal[page] = "InvalidPermissions"
-    return first & ~writes
+        return strongest
+    batch.fatal.update({page: "InvalidPermissions" for page, access in reversed(strongest.items()) if access > READ})
+    return {page: access for page, access in strongest.items() if access <= READ}
 
 
 def report_group(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
@@ -262,13 +257,12 @@ def report_group(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
 
     With the first drivers that had such records they end with the bottom half's work.
     """
-    page = int(batch.page[0])
-    same = batch.page == page
+    page = batch.page[0]
+    same = bisect_right(batch.page, page)
     end = (batch.copies_end or max(thread.now, batch.tracker)) if gpu.group_has_copies else thread.now
-    distinct = 1 + int((batch.page[1:] != batch.page[:-1]).sum())
     thread.engine.trace.span(
-        "UvmEventTypeGpuFault", "gpu", batch.first_time, end, va=page * PAGE, pages=distinct,
-        cause=ACCESS_NAMES[int(batch.access[0])], value=int(batch.instances[same].sum()),
+        "UvmEventTypeGpuFault", "gpu", batch.first_time, end, va=page * PAGE, pages=len(set(batch.page)),
+        cause=ACCESS_NAMES[batch.access[0]], value=sum(batch.instances[:same]),
     )  # fmt: skip
 
 

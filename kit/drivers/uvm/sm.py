@@ -22,6 +22,7 @@ __all__ = ["Kernel", "Misses", "StreamKernel", "launch"]
 
 HORIZON = 20.0  # microseconds that running lanes advance at a time while others are stalled or being served
 FOREVER = 1e12
+NEVER = np.uint8(255)  # a right that no page gives
 
 
 @dataclass
@@ -99,13 +100,15 @@ class StreamKernel:
         self, name: str, slots: NDArray[np.integer], pages: NDArray[np.int64], access: NDArray[np.int8],
         need: NDArray[np.uint8], lanes: int, utlbs: int, touch_us: float, pause_us: float = 0.0,
     ) -> None:  # fmt: skip
-        self.name, self.slots, self.pages, self.access, self.need = name, slots, pages, access, need
+        self.name, self.slots, self.pages, self.access = name, slots, pages, access
+        self.need = np.where(slots < 0, NEVER, need)
         self.lanes, self.utlbs = lanes, utlbs
         self.touch_us, self.pause_us = touch_us / lanes, pause_us
         self.position = 0
         self.waiting = np.zeros(0, dtype=np.int64)
         self.window = 4 * lanes
-        self.writes = bool((need > 1).any())
+        self.write_at = np.flatnonzero(need > 1)  # accesses that write, their slots, and how many of them are behind
+        self.write_slots, self.written = slots[self.write_at], 0
 
     @property
     def stalled(self) -> int:
@@ -122,63 +125,59 @@ class StreamKernel:
         spent, again = 0.0, self.waiting[:0]
         if retry and len(self.waiting):
             hit = rights[self.slots[self.waiting]] >= self.need[self.waiting]
-            hit &= self.slots[self.waiting] >= 0
-            self._retire(self.waiting[hit], content)
-            spent += float(np.count_nonzero(hit)) * (self.touch_us + self.pause_us)
+            done = self.waiting[hit]
+            content.write(self.slots[done[self.need[done] > 1]])
+            spent += len(done) * (self.touch_us + self.pause_us)
             again = self.waiting = self.waiting[~hit]
         fresh: list[NDArray[np.int64]] = []
         while self.position < len(self.slots) and len(self.waiting) < self.lanes and spent < horizon:
             spent += self._run_window(rights, content, fresh)
-        missed = np.concatenate([again, *fresh]) if fresh else again
+        if len(again) or not fresh:
+            fresh.insert(0, again)
+        missed = fresh[0] if len(fresh) == 1 else np.concatenate(fresh)
         return spent, self._faults(missed, len(again), spent) if len(missed) else None
 
     def _run_window(self, rights: NDArray[np.uint8], content: Content, fresh: list[NDArray[np.int64]]) -> float:
         """Touch the next window of the stream, up to as many misses as lanes are free; return the time."""
         start = self.position
         stop = min(start + self.window, len(self.slots))
-        slots, need = self.slots[start:stop], self.need[start:stop]
-        miss = rights[slots] < need
-        if not miss.any():
-            self._retire_run(start, stop, content)
-            self.position = stop
+        miss = rights[self.slots[start:stop]] < self.need[start:stop]
+        at = miss.nonzero()[0][: self.lanes - len(self.waiting)]
+        if not len(at):
             self.window = min(2 * self.window, 1 << 18)
-            return (stop - start) * (self.touch_us + self.pause_us)
-        free = self.lanes - len(self.waiting)
-        at = np.flatnonzero(miss)[:free] + start
-        if len(at) == free:
-            stop = int(at[-1]) + 1
+        else:
+            at += start
+            if len(at) == self.lanes - len(self.waiting):
+                stop = int(at[-1]) + 1
+            self.window = max(4 * self.lanes, 64)
+            self.waiting = np.concatenate([self.waiting, at]) if len(self.waiting) else at
+            fresh.append(at)
+        self._write(start, stop, miss if len(at) else None, content)
         self.position = stop
-        self.window = max(4 * self.lanes, 64)
-        self.waiting = np.concatenate([self.waiting, at])
-        fresh.append(at)
-        if self.writes:
-            hits = np.arange(start, stop)[~miss[: stop - start]]
-            self._retire(hits, content)
         return (stop - start - len(at)) * (self.touch_us + self.pause_us)
 
-    def _retire_run(self, start: int, stop: int, content: Content) -> None:
-        if self.writes:
-            slots = self.slots[start:stop]
-            content.write(slots[self.need[start:stop] > 1])
-
-    def _retire(self, at: NDArray[np.int64], content: Content) -> None:
-        if self.writes and len(at):
-            content.write(self.slots[at[self.need[at] > 1]])
+    def _write(self, start: int, stop: int, miss: NDArray[np.bool_] | None, content: Content) -> None:
+        """Accesses [start, stop) have been made, less those that missed."""
+        first, self.written = self.written, int(self.write_at.searchsorted(stop))
+        slots = self.write_slots[first : self.written]
+        if miss is not None:
+            slots = slots[~miss[self.write_at[first : self.written] - start]]
+        content.write(slots)
 
     def _faults(self, missed: NDArray[np.int64], again: int, spent: float) -> Misses:
         """Merge misses of one uTLB on one page with the same access; those that tried again come first."""
+        utlb = ((missed % self.lanes) % self.utlbs).astype(np.int32)
+        delay = np.zeros(len(missed))
+        delay[again:] = spent
         if len(missed) == 1:
-            delay = np.array([0.0 if again else spent])
-            return Misses(self.pages[missed], self.access[missed], (missed % self.lanes % self.utlbs).astype(np.int32), delay)
-        utlb = (missed % self.lanes) % self.utlbs
+            return Misses(self.pages[missed], self.access[missed], utlb, delay)
         key = (self.pages[missed] * self.utlbs + utlb) * 8 + self.access[missed]
         order = np.argsort(key, kind="stable")
         head = np.ones(len(order), dtype=bool)
         head[1:] = key[order][1:] != key[order][:-1]
         first = np.sort(order[head])
-        delay = np.where(first < again, 0.0, spent)
         keep = missed[first]
-        return Misses(self.pages[keep], self.access[keep], utlb[first].astype(np.int32), delay)
+        return Misses(self.pages[keep], self.access[keep], utlb[first], delay[first])
 
     def cancel(self, pages: set[int], everything: bool) -> bool:
         """See `Kernel.cancel`."""
@@ -198,7 +197,7 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
     gpu: Gpu = va_space.gpu
     engine, trace = gpu.engine, gpu.engine.trace
     start = engine.now
-    yield engine.env.timeout(gpu.costs.launch)
+    yield from engine.pause(gpu.costs.launch)
     replays, killed = gpu.replays, None
     while not kernel.done:
         if gpu.cancelled or gpu.cancelled_all:
@@ -213,7 +212,7 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
         if misses is not None:
             _fault(gpu, misses)
         if spent:
-            yield engine.env.timeout(spent)
+            yield from engine.pause(spent)
         elif not kernel.done:
             stall = engine.now
             if replays == gpu.replays:
@@ -228,10 +227,6 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
 
 def _fault(gpu: Gpu, misses: Misses) -> None:
     """Write misses into the fault buffer as they arrive, one entry after the other."""
-    count = len(misses.page)
-    interval = float(gpu.costs.fault_interval)
-    last = float(gpu.fault_buffer.last_time)
-    time = np.maximum(gpu.engine.now + misses.delay, last) + interval * np.arange(1, count + 1)
-    gpu.fault_buffer.write(time, misses.page, misses.access, misses.utlb)
-
-
+    arrival = np.maximum(gpu.engine.now + misses.delay, gpu.fault_buffer.last_time)
+    arrival += gpu.costs.fault_interval * np.arange(1, len(arrival) + 1)
+    gpu.fault_buffer.write(arrival, misses.page, misses.access, misses.utlb)

@@ -33,6 +33,7 @@ def uvm_va_block_evict_chunks(block: VaBlock, thread: Thread, root: RootChunk) -
             thread.engine.start(_eviction_mappings(block, pages))
     root.tracker = max(root.tracker, block.tracker)
     for chunk in chunks:
+        chunk.block = None  # uvm_pmm_gpu_mark_chunk_evicted
         del block.gpu_chunks[chunk.page_index]
         block.frames[GPU][chunk.page_index : chunk.page_index + chunk.pages] = -1
     block.evicted = True
@@ -49,4 +50,5 @@ def _eviction_mappings(block: VaBlock, pages: int) -> Wait:
 @step
 def block_add_eviction_mappings(block: VaBlock, thread: Thread, pages: int) -> None:
     """Map evicted pages for accessed-by processors (uvm_va_block.c)."""
-    uvm_va_block_add_mappings(block, thread, pages & block.resident[CPU])
+    for processor in sorted(block.range.policy.accessed_by):
+        uvm_va_block_add_mappings(block, thread, pages & block.resident[CPU], processor)

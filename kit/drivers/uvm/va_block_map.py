@@ -69,6 +69,8 @@ def block_unmap_gpu(block: VaBlock, thread: Thread, mask: int) -> None:
 @step
 def uvm_va_block_map(block: VaBlock, thread: Thread, processor: int, mask: int, prot: int, cause: str = "coherence") -> None:
     """Give `processor` at least right `prot` on pages of `mask` that have a copy it can reach (uvm_va_block.c)."""
+    if processor == CPU and prot == READ_WRITE:
+        prot = READ_WRITE_ATOMIC  # a CPU entry that may be written allows its atomics too
     mask &= ~block.pte[processor][prot]
     mask &= block.resident[CPU] if processor == CPU else block.resident[CPU] | block.resident[GPU]
     if not mask:
@@ -167,30 +169,45 @@ def block_revoke_prot_gpu_perf_notify(block: VaBlock, thread: Thread, mask: int)
 def uvm_va_block_add_mappings_after_migration(
     block: VaBlock, thread: Thread, mask: int, prot: int, served: int, processors: tuple[int, ...], cause: str = "policy"
 ) -> None:
-    """Map `processors` but the one that is served, with at most the right it got (uvm_va_block.c)."""
-    for processor in processors:
-        if processor != served:
-            _map_reachable(block, thread, processor, mask, prot, cause)
+    """Map `processors` but the one that is served, with what its right leaves them (uvm_va_block.c)."""
+    policy, va_space = block.range.policy, block.range.va_space
+    if policy.read_duplication:
+        return
+    for location in (CPU, GPU):
+        there = mask & block.resident[location] & ~block.read_duplicated & ~block.discarded
+        for processor in processors:
+            away = processor == policy.preferred_location and processor != location  # it never maps remote pages
+            if there and processor != served and not away and va_space.accessible(processor, location):
+                right = _right_beside(va_space, prot, served, processor, location)
+                uvm_va_block_map(block, thread, processor, there, right, cause)
+
+
+def _right_beside(va_space: VaSpace, prot: int, served: int, processor: int, location: int) -> int:
+    """Return what `processor` may have on pages at `location` where `served` has `prot`."""
+    if prot < READ_WRITE_ATOMIC:
+        return prot
+    if not va_space.native_atomics(served, location):
+        return READ_WRITE if served == CPU else READ_ONLY
+    return READ_WRITE_ATOMIC if va_space.native_atomics(processor, location) else READ_WRITE
 
 
 @step
-def uvm_va_block_add_mappings(block: VaBlock, thread: Thread, mask: int) -> None:
-    """Map what is resident for every accessed-by processor (uvm_va_block.c)."""
-    for processor in sorted(block.range.policy.accessed_by):
-        _map_reachable(block, thread, processor, mask, READ_WRITE_ATOMIC, "policy")
-
-
-def _map_reachable(block: VaBlock, thread: Thread, processor: int, mask: int, prot: int, cause: str) -> None:
-    """A processor's own copies with right `prot`, remote ones as far as PCIe allows (no atomics)."""
-    va_space: VaSpace = block.range.va_space
-    reach = block.resident[CPU] if processor == CPU else block.resident[CPU] | block.resident[GPU]
-    todo = mask & reach & ~block.read_duplicated & ~block.discarded
-    local = todo & block.resident[processor]
-    if local:
-        uvm_va_block_map(block, thread, processor, local, prot, cause)
-    if todo & ~local:
-        limit = prot if va_space.native_atomics(processor, CPU) else min(prot, READ_WRITE)
-        uvm_va_block_map(block, thread, processor, todo & ~local, limit, cause)
+def uvm_va_block_add_mappings(block: VaBlock, thread: Thread, mask: int, processor: int) -> None:
+    """Map what is resident for a processor, with all that takes nothing from anybody (uvm_va_block.c)."""
+    va_space, other = block.range.va_space, 1 - processor
+    unmapped = ~(block.mapped(CPU) | block.mapped(GPU))
+    by_prot = {READ_ONLY: 0, READ_WRITE: 0, READ_WRITE_ATOMIC: 0}
+    for location in (CPU, GPU):
+        if va_space.accessible(processor, location):
+            todo = mask & block.resident[location] & ~block.read_duplicated & ~block.discarded
+            atomics = 0 if va_space.native_atomics(other, location) else block.pte[other][READ_WRITE_ATOMIC]
+            writes = 0 if va_space.native_atomics(processor, location) else block.pte[other][READ_WRITE]
+            by_prot[READ_ONLY] |= todo & ~unmapped & atomics
+            by_prot[READ_WRITE] |= todo & ~unmapped & ~atomics & writes
+            by_prot[READ_WRITE_ATOMIC] |= todo & (unmapped | ~atomics & ~writes)
+    for prot, pages in by_prot.items():
+        if pages:
+            uvm_va_block_map(block, thread, processor, pages, prot, "policy")
 
 
 def _write_ptes(block: VaBlock, gpu: Gpu, mask: int, prot: int, location: int = GPU) -> int:

@@ -105,11 +105,11 @@ def uvm_va_block_make_resident_read_duplicate(
     elsewhere = mask & block.resident[1 - dest]
     block_copy_resident_pages(block, thread, context, mask, prefetched, duplicate=True)
     trace = thread.engine.trace
-    for first, count in runs(mask & ~block.resident[dest]):
-        where = block.resident[1 - dest] >> first & 1
-        trace.move(
-            thread.now, thread.now, block.first + first, count, where << (1 - dest), where << (1 - dest) | 1 << dest, "duplicate"
-        )
+    arriving = mask & ~block.resident[dest]
+    for first, count in runs(arriving & elsewhere):
+        trace.move(thread.now, thread.now, block.first + first, count, 1 << (1 - dest), 3, "duplicate")
+    for first, count in runs(arriving & ~elsewhere):
+        trace.move(thread.now, thread.now, block.first + first, count, 0, 1 << dest, "populate")
     block.resident[dest] |= mask
     block.read_duplicated |= elsewhere & mask
     for first, count in runs(elsewhere):

@@ -98,9 +98,9 @@ class Harness:
         return value
 
     def settle(self) -> None:
-        """Run until the bottom half has nothing left to serve."""
+        """Run until the bottom half has nothing left to serve and work queues are empty."""
         buffer, lock = self.gpu.fault_buffer, self.gpu.service_lock
-        while buffer.get != buffer.put or lock.holder is not None:
+        while buffer.get != buffer.put or lock.holder is not None or any(b.lock.holder for b in self.blocks()):
             self.engine.env.step()
 
     def wait(self, microseconds: float) -> None:
@@ -157,14 +157,36 @@ class Harness:
             yield from uvm_api_allow_migration_range_groups(self.space, self.cpu)
         return reason
 
+    def faults(
+        self, pages: Sequence[int], access: Sequence[int] | int = WRITE, utlb: Sequence[int] | int = 0, fatal: Sequence[int] | int = 0
+    ) -> None:
+        """Entries that appear in the fault buffer at once, with no access behind them; wait until they are served."""
+        count = len(pages)
+        columns = [np.full(count, c) if isinstance(c, int) else np.asarray(c) for c in (access, utlb, fatal)]
+        now = max(self.engine.now, self.gpu.fault_buffer.last_time)
+        self.gpu.fault_buffer.write(np.full(count, now), np.asarray(pages, dtype=np.int64), *columns)
+        self.settle()
+
+    def beside(self, kernel: StreamKernel, *works: Wait) -> str | None:
+        """Run a kernel, and the CPU's work at the same time; returns why the kernel was killed, or None."""
+
+        def both() -> Wait:
+            running = self.engine.start(launch(self.space, kernel, alone=False))
+            for work in works:
+                yield from work
+                yield from self.cpu.sync()
+            return (yield running)
+
+        return self.run(both())
+
+    def prefetching(self, first: int, pages: int, destination: int) -> Wait:
+        """cudaMemPrefetchAsync and the wait for its copies, as work."""
+        end = yield from uvm_api_migrate(self.space, self.cpu, first, pages, destination)
+        self.cpu.now = max(self.cpu.now, end)
+
     def prefetch(self, first: int, pages: int, destination: int) -> None:
         """cudaMemPrefetchAsync, and wait for its copies."""
-
-        def work() -> Wait:
-            end = yield from uvm_api_migrate(self.space, self.cpu, first, pages, destination)
-            self.cpu.now = max(self.cpu.now, end)
-
-        self.run(work())
+        self.run(self.prefetching(first, pages, destination))
 
     def advise(self, advice: str, first: int, pages: int) -> None:
         """cudaMemAdvise: read_mostly, preferred_cpu, preferred_gpu, accessed_by_cpu, accessed_by_gpu, each also with un-."""
