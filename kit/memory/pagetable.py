@@ -67,12 +67,13 @@ class PageTable:
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         self.rows = 0
-        self.rights = np.zeros((0, geometry.leaf), dtype=np.uint8)
-        self.frame = np.full((0, geometry.leaf), -1, dtype=np.int32)
-        self.shift = np.zeros((0, geometry.leaf), dtype=np.uint8)
+        # The last row is never used: slot -1 (no table there) reads as no right.
+        self.rights = np.zeros((1, geometry.leaf), dtype=np.uint8)
+        self.frame = np.full((1, geometry.leaf), -1, dtype=np.int32)
+        self.shift = np.zeros((1, geometry.leaf), dtype=np.uint8)
         # One pool of directory tables a level above the leaves; entry: row of the table below, or -1.
         self.directories = [np.full((1, 1 << geometry.bits[0]), -1, dtype=np.int32)]
-        self.directories += [np.full((0, 1 << bits), -1, dtype=np.int32) for bits in geometry.bits[1:-1]]
+        self.directories += [np.full((1, 1 << bits), -1, dtype=np.int32) for bits in geometry.bits[1:-1]]
         self.directory_rows = [1] + [0] * (len(geometry.bits) - 2)
 
     def walk(self, pages: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -100,11 +101,8 @@ class PageTable:
         """Return right and frame of each page; 0 and -1 where nothing is mapped."""
         slots = self.walk(pages)
         there = slots >= 0
-        safe = np.where(there, slots, 0)
-        if not self.rows:
-            return np.zeros(len(slots), dtype=np.uint8), np.full(len(slots), -1, dtype=np.int32)
-        rights = np.where(there, self.rights.reshape(-1)[safe], 0).astype(np.uint8)
-        return rights, np.where(rights > 0, self.frame.reshape(-1)[safe], -1).astype(np.int32)
+        rights = np.where(there, self.rights.reshape(-1)[slots], 0).astype(np.uint8)
+        return rights, np.where(rights > 0, self.frame.reshape(-1)[slots], -1).astype(np.int32)
 
     def reserve(self, first: int, count: int) -> int:
         """Create the leaf tables of a range on consecutive rows and return the slot of page `first`.
@@ -174,7 +172,7 @@ class PageTable:
 
     def _new_leaf(self) -> int:
         row = self.rows
-        if row == len(self.rights):
+        if row + 1 == len(self.rights):
             more = (max(16, row), self.geometry.leaf)
             self.rights = np.concatenate([self.rights, np.zeros(more, dtype=np.uint8)])
             self.frame = np.concatenate([self.frame, np.full(more, -1, dtype=np.int32)])

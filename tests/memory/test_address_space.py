@@ -70,3 +70,8 @@ def test_areas_start_where_alignment_and_offset_say() -> None:
     assert vma.first % 512 == 224
     with pytest.raises(DriverError, match="length 0"):
         mm.mmap(0, "c")
+
+
+def test_a_process_without_memory_faults_too() -> None:
+    with pytest.raises(DriverError, match="in no area"):
+        Process().touch([5])

@@ -62,3 +62,12 @@ def test_tables_are_counted_level_by_level() -> None:
 def test_a_page_outside_the_address_is_refused() -> None:
     with pytest.raises(ValueError, match="49 bits"):
         PageTable(GEOMETRIES["pascal"]).reserve(1 << 37, 1)
+
+
+@pytest.mark.parametrize("leaves", [1, 16, 17, 33])
+def test_slot_minus_one_reads_as_no_right_however_full_the_table_is(leaves: int) -> None:
+    table = PageTable(GEOMETRIES["pascal"])
+    start = table.reserve(0, 512 * leaves)
+    table.map(start, 512 * leaves, 0, 3)
+    assert table.rights.reshape(-1)[-1] == 0
+    assert table.walk(np.array([512 * leaves])).tolist() == [-1]

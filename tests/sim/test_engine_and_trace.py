@@ -39,18 +39,6 @@ def test_steps_nest_and_carry_the_clock() -> None:
     assert engine.trace.statuses.words[int(rows[1, column["status"]])] == "done"
 
 
-def test_compacting_changes_nothing() -> None:
-    engine = Engine()
-    thread = engine.thread("t")
-    for _ in range(3):
-        Worker().inner(thread, 1.0)
-    before = engine.trace.spans.array()
-    engine.trace.spans.compact()
-    Worker().inner(thread, 1.0)
-    assert (engine.trace.spans.array()[:3] == before).all()
-    assert engine.trace.spans.array()[3, SPAN_COLUMNS.index("pages")] == 2
-
-
 def test_a_lock_serves_in_order_of_arrival_and_excludes() -> None:
     engine, lock, log = Engine(), Lock(), []
 
