@@ -92,9 +92,10 @@ class AddressSpace:
     def munmap(self, vma: Vma) -> None:
         """Remove an area and, when it is anonymous, free its frames."""
         if vma.fault is None:
-            rights = self.table.window(vma.slot, vma.pages)
-            for frame in self.table.frame.reshape(-1)[vma.slot : vma.slot + vma.pages][rights > 0]:
-                self.frames.free(int(frame), 1)
+            frames = self.table.frame.reshape(-1)[vma.slot : vma.slot + vma.pages]
+            for frame in frames[frames >= 0].tolist():
+                self.frames.free(frame, 1)
+            frames[:] = -1
         self.table.unmap(vma.slot, vma.pages)
         self.areas.remove(vma)
 
@@ -161,7 +162,8 @@ class AddressSpace:
             yield from vma.fault(thread, page, write)
             return
         slot = vma.slot + page - vma.first
-        if not self.table.rights.reshape(-1)[slot]:
+        frame = int(self.table.frame.reshape(-1)[slot])
+        if frame < 0:  # else the page is there, and only its rights were taken away
             frame = self.frames.alloc(1)
             self.frames.zero(slice(frame, frame + 1))
-            self.table.map(slot, 1, frame, WRITE if vma.prot & WRITE else READ)
+        self.table.map(slot, 1, frame, WRITE if vma.prot & WRITE else READ)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.frames import Frames
+from kit.memory.frames import Frames, Index
 
 __all__ = ["Content"]
+
+_VERSION_SHIFT = 36  # a stamp is a settlement and, below, the page's slot plus 1
 
 
 class Content:
@@ -35,22 +37,22 @@ class Content:
         """Mark pages as written."""
         self.dirty[slots] = True
 
-    def settle(self, slots: NDArray[np.int64], frames: Frames, where: NDArray[np.int32]) -> None:
+    def settle(self, slots: slice | NDArray[np.int64], frames: Frames, where: Index) -> None:
         """Put the content of written pages into the frames that hold them.
 
         Parameters
         ----------
-        slots : ndarray of int64, shape (n,)
+        slots : slice or ndarray of int64, shape (n,)
             Pages, all written, each once.
-        where : ndarray of int32, shape (n,)
+        where : slice or ndarray of int32, shape (n,)
             The frame in `frames` of each page.
         """
-        if len(slots):
-            self._version += 1
-            stamps = np.uint64(self._version << 36) | (slots + 1).astype(np.uint64)
-            self.stamps[slots] = stamps
-            frames.write(where, stamps)
-            self.dirty[slots] = False
+        self._version += 1
+        number = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+        stamps = (number + (self._version << _VERSION_SHIFT | 1)).astype(np.uint64)
+        self.stamps[slots] = stamps
+        frames.write(where, stamps)
+        self.dirty[slots] = False
 
     def forget(self, first: int, count: int) -> None:
         """The pages were freed: they hold nothing any more."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kit.errors import DriverError
 
-__all__ = ["Frames"]
+__all__ = ["Frames", "Index"]
 
 Index = NDArray[np.integer] | slice
 
@@ -92,7 +92,7 @@ class Frames:
 
     def pattern(self, stamps: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return the payload that `stamps` stand for, shape (frames, words); stamp 0 is a zeroed page."""
-        column = stamps.astype(np.uint64)[:, None]
+        column = stamps.astype(np.uint64, copy=False)[:, None]
         if self.words == 1:
             return column
         return column * (np.arange(self.words, dtype=np.uint64) * np.uint64(2) + np.uint64(1))[None, :]

@@ -7,12 +7,12 @@ of nanoseconds, an order less than a numpy call on 512 booleans. Bit *i* is page
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bools", "first_page", "from_pages", "pages_of", "region", "runs"]
+__all__ = ["bools", "first_page", "from_pages", "pages_of", "region", "runs", "selection"]
 
 
 def region(first: int, count: int) -> int:
@@ -25,17 +25,20 @@ def first_page(mask: int) -> int:
     return (mask & -mask).bit_length() - 1
 
 
-def runs(mask: int) -> Iterator[tuple[int, int]]:
-    """Yield (first page, pages) for each contiguous run, ascending."""
-    at = 0
+def runs(mask: int) -> Sequence[tuple[int, int]]:
+    """Return (first page, pages) of each contiguous run, ascending."""
+    if not mask:
+        return ()
+    found, at = [], 0
     while mask:
         gap = (mask & -mask).bit_length() - 1
         mask >>= gap
         at += gap
         length = (~mask & (mask + 1)).bit_length() - 1
-        yield at, length
+        found.append((at, length))
         mask >>= length
         at += length
+    return found
 
 
 def from_pages(pages: Sequence[int] | NDArray[np.integer]) -> int:
@@ -55,6 +58,15 @@ def bools(mask: int, count: int) -> NDArray[np.bool_]:
     """Return a mask as booleans, shape (count,)."""
     raw = np.frombuffer(mask.to_bytes((count + 7) // 8, "little"), dtype=np.uint8)
     return np.unpackbits(raw, count=count, bitorder="little").view(np.bool_)
+
+
+def selection(mask: int, count: int) -> slice | NDArray[np.bool_]:
+    """Return what picks the pages of a mask out of an array of `count` pages: a slice when they are one run."""
+    low = mask & -mask
+    if mask + low & mask:
+        return bools(mask, count)
+    first = low.bit_length() - 1
+    return slice(first, first + mask.bit_count())
 
 
 def pages_of(mask: int) -> NDArray[np.int64]:

@@ -39,6 +39,11 @@ class Clock(simpy.Environment):
         self._now = time
         return True
 
+    def reach(self, time: float) -> float | None:
+        """Return the clock's time if it is `time` or later, or can leap there; else None."""
+        ahead = time - self._now
+        return self._now if ahead <= 0 or self.leap(ahead) else None
+
 
 class Engine:
     """One run's clock (microseconds), trace and seeded jitter.
@@ -60,7 +65,7 @@ class Engine:
     @property
     def now(self) -> float:
         """Simulated time in microseconds."""
-        return float(self.env.now)
+        return self.env.now
 
     def thread(self, name: str) -> Thread:
         """Return a new actor whose spans carry `name`."""
@@ -82,20 +87,21 @@ class Engine:
 class Thread:
     """One actor: a clock of its own (``now``, microseconds) and the row of its running span (-1: none)."""
 
-    __slots__ = ("_actor", "_env", "_trace", "engine", "keys", "name", "now", "row", "spans")
+    __slots__ = ("_env", "_jitter", "_trace", "engine", "keys", "name", "now", "row", "spans")
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine, self.name = engine, name
         self._env, self._trace, self.spans = engine.env, engine.trace, engine.trace.spans
-        self._actor = engine.trace.actors(name)
+        engine.trace.actors(name)
         self.now: float = float(engine.env.now)
+        self._jitter = engine.jitter
         self.row = -1
         self.keys: dict[str, int] = {}
 
     def charge(self, microseconds: float) -> None:
         """Spend time on this actor's own clock."""
-        if self.engine.jitter:
-            microseconds *= 1.0 + self.engine.jitter * float(self.engine.rng.random())
+        if self._jitter:
+            microseconds *= 1.0 + self._jitter * float(self.engine.rng.random())
         self.now += microseconds
 
     def key(self, name: str) -> int:
@@ -111,11 +117,10 @@ class Thread:
 
     def in_step(self) -> bool:
         """Bring the common clock up to this actor's if nobody else acts before; return whether they agree."""
-        env = self._env
-        ahead = self.now - env.now
-        if ahead > 0 and not env.leap(ahead):
+        now = self._env.reach(self.now)
+        if now is None:
             return False
-        self.now = env.now
+        self.now = now
         return True
 
     def sync(self) -> Iterable[simpy.Event]:

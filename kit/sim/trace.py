@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Generator
 from functools import wraps
+from struct import Struct
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -23,6 +24,8 @@ MOVE_COLUMNS = ("start", "end", "first_page", "pages", "src", "dst", "cause")
 _STEP_SHIFT = 8  # a span's key is step << 8 | actor
 _FACTS = SPAN_COLUMNS.index("va")  # columns from here on are facts that only some spans have
 _WIDTH = 1 + len(SPAN_COLUMNS) - _FACTS
+_pack_facts = Struct(f"{_WIDTH}d").pack
+_pack_move = Struct(f"{len(MOVE_COLUMNS)}d").pack
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -56,7 +59,7 @@ class Spans:
     def __init__(self) -> None:
         self.start, self.end = array("d"), array("d")
         self.key, self.parent = array("q"), array("q")
-        self.facts = array("d")  # a row number and the columns from va on, _WIDTH doubles each
+        self.facts = bytearray()  # a row number and the columns from va on, packed as doubles
 
     def __len__(self) -> int:
         return len(self.start)
@@ -75,7 +78,7 @@ class Spans:
             return (key >> _STEP_SHIFT if name == "step" else key & ((1 << _STEP_SHIFT) - 1)).astype(np.float64)
         if name in ("start", "end", "parent"):
             return np.array(getattr(self, name), dtype=np.float64)
-        facts = np.array(self.facts, dtype=np.float64).reshape(-1, _WIDTH)
+        facts = np.frombuffer(bytes(self.facts), dtype=np.float64).reshape(-1, _WIDTH)
         blank = -1.0 if name == "va" else 0.0
         said = facts[:, 1 + SPAN_COLUMNS.index(name) - _FACTS]
         chosen = said != blank
@@ -95,14 +98,14 @@ class Moves:
     columns = MOVE_COLUMNS
 
     def __init__(self) -> None:
-        self.rows = array("d")
+        self.rows = bytearray()  # the columns, packed as doubles
 
     def __len__(self) -> int:
-        return len(self.rows) // len(MOVE_COLUMNS)
+        return len(self.rows) // (8 * len(MOVE_COLUMNS))
 
     def array(self) -> NDArray[np.float64]:
         """Return all rows as a new array, shape (rows, columns)."""
-        return np.array(self.rows, dtype=np.float64).reshape(-1, len(MOVE_COLUMNS))
+        return np.frombuffer(bytearray(self.rows), dtype=np.float64).reshape(-1, len(MOVE_COLUMNS))
 
     def column(self, name: str) -> NDArray[np.float64]:
         """Return one column as a new array, shape (rows,)."""
@@ -141,14 +144,16 @@ class Trace:
         row = len(spans.end)
         spans.start.append(start)
         spans.end.append(end)
-        spans.key.append(self.key(step, actor))
+        spans.key.append(self._keys.get((step, actor)) or self.key(step, actor))
         spans.parent.append(parent)
         self.facts(row, va, pages, bytes, cause, status, value)
         return row
 
     def facts(self, row: int, va: int, pages: int, bytes: int, cause: str, status: str, value: float) -> None:
         """Say something about a span: a fact that is blank (-1 for `va`, else 0 or its word) says nothing."""
-        self.spans.facts.extend((row, va, pages, bytes, self.causes(cause), self.statuses(status), value))
+        cause_id = self.causes(cause) if cause else 0
+        status_id = self.statuses(status) if status != "ok" else 0
+        self.spans.facts.extend(_pack_facts(row, va, pages, bytes, cause_id, status_id, value))
 
     def key(self, step: str, actor: str) -> int:
         """Return the span key of a step by an actor."""
@@ -159,7 +164,7 @@ class Trace:
 
     def move(self, start: float, end: float, first_page: int, pages: int, src: int, dst: int, cause: str = "") -> None:
         """Append a run of pages going from residency mask `src` to `dst`."""
-        self.moves.rows.extend((start, end, first_page, pages, src, dst, self.causes(cause)))
+        self.moves.rows.extend(_pack_move(start, end, first_page, pages, src, dst, self.causes(cause)))
 
     def residency_at(self, time: float, first_page: int, pages: int) -> NDArray[np.int16]:
         """Return where each page is at `time`: a residency mask, or -1 while in flight.

@@ -168,25 +168,28 @@ def test_an_order_is_right_when_the_calls_can_be_read_that_way(calls: Calls, tex
 def test_a_long_trace_is_checked_within_its_budget() -> None:
     documented = Documented.load("cuda_demand_paging")
     made = Trace()
-    batches, faults, actor = 2_000, 60, made.actors("UVM GPU0 BH")
-    row = {name: made.steps(name) for name in documented.steps}
-    made.open(row["uvm_parent_gpu_service_replayable_faults"], actor, -1, 0)
-    outer = made.open(row["replayable_faults_isr_bottom_half"], actor, -1, 0)
-    service = made.open(row["uvm_parent_gpu_service_replayable_faults"], actor, outer, 0)
+    batches, faults = 2_000, 60
+
+    def add(name: str, parent: int, at: float = 0.0) -> int:
+        return made.span(name, "UVM GPU0 BH", at, at, parent=parent)
+
+    add("uvm_parent_gpu_service_replayable_faults", -1, 0)
+    outer = add("replayable_faults_isr_bottom_half", -1, 0)
+    service = add("uvm_parent_gpu_service_replayable_faults", outer, 0)
     for batch in range(batches):
-        made.open(row["fetch_fault_buffer_entries"], actor, service, batch)
-        made.open(row["preprocess_fault_batch"], actor, service, batch)
-        served = made.open(row["service_fault_batch"], actor, service, batch)
-        dispatched = made.open(row["service_fault_batch_dispatch"], actor, served, batch)
-        block = made.open(row["service_fault_batch_block"], actor, dispatched, batch)
-        locked = made.open(row["service_fault_batch_block_locked"], actor, block, batch)
+        add("fetch_fault_buffer_entries", service, batch)
+        add("preprocess_fault_batch", service, batch)
+        served = add("service_fault_batch", service, batch)
+        dispatched = add("service_fault_batch_dispatch", served, batch)
+        block = add("service_fault_batch_block", dispatched, batch)
+        locked = add("service_fault_batch_block_locked", block, batch)
         for fault in range(faults):
-            made.open(row["update_batch_and_notify_fault"], actor, locked, batch)
-            made.open(row["check_fault_access_permissions"], actor, locked, batch)
-            made.open(row["uvm_perf_thrashing_get_hint"], actor, locked, batch)
+            add("update_batch_and_notify_fault", locked, batch)
+            add("check_fault_access_permissions", locked, batch)
+            add("uvm_perf_thrashing_get_hint", locked, batch)
             word = "mark_fault_throttled" if batch >> (fault % 11) & 1 else "uvm_va_block_select_residency"
-            made.open(row[word], actor, locked, batch)
-        made.open(row["uvm_va_block_service_locked"], actor, locked, batch)
+            add(word, locked, batch)
+        add("uvm_va_block_service_locked", locked, batch)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ def mask_of(pages: set[int]) -> int:
 def test_runs_are_the_maximal_runs_of_the_set(pages: set[int]) -> None:
     found = list(pagemask.runs(mask_of(pages)))
     assert sorted(page for first, count in found for page in range(first, first + count)) == sorted(pages)
-    for (first, count), (after, _) in zip(found, found[1:], strict=False):
+    for (first, count), (after, _) in pairwise(found):
         assert first + count < after  # a gap between two runs, or they would be one
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kit.drivers.uvm.fault_buffer import FaultBuffer
@@ -20,11 +21,11 @@ class FaultBatch:
     entries that remain after the sort are duplicates of the first.
     """
 
-    page: list[int] = field(default_factory=list)
-    access: list[int] = field(default_factory=list)
-    instances: list[int] = field(default_factory=list)
-    utlb: list[int] = field(default_factory=list)
-    fatal_type: list[int] = field(default_factory=list)
+    page: Sequence[int] = ()
+    access: Sequence[int] = ()
+    instances: Sequence[int] = ()
+    utlb: Sequence[int] = ()
+    fatal_type: Sequence[int] = ()
     first_time: float = 0.0
     num_cached: int = 0
     num_duplicates: int = 0
@@ -81,7 +82,7 @@ def _merge(batch: FaultBatch) -> None:
     last_of: dict[int, int] = {}  # uTLB -> its last representative
     heads: list[int] = []  # where in the batch each representative is
     counts: list[int] = []
-    last = -1
+    last, last_access = -1, 0  # the driver does not follow when the last representative is replaced under rule (a)
     pages, kinds = batch.page, batch.access
     for at, (page, access, utlb, fatal) in enumerate(zip(pages, kinds, batch.utlb, batch.fatal_type, strict=True)):
         found = -1
@@ -91,12 +92,13 @@ def _merge(batch: FaultBatch) -> None:
                 found = own
                 if access > kinds[heads[own]]:
                     heads[own] = at
-            elif last >= 0 and pages[heads[last]] == page and access <= kinds[heads[last]]:
+            elif last >= 0 and pages[heads[last]] == page and access <= last_access:
                 found = last
         if found >= 0:
             counts[found] += 1
             continue
-        last = last_of[utlb] = len(heads)
+        last, last_access = len(heads), access
+        last_of[utlb] = last
         heads.append(at)
         counts.append(1)
     batch.pick(heads)

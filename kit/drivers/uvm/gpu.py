@@ -121,7 +121,7 @@ class Gpu:
 
     def tlb_invalidate(self, mask: int) -> float:
         """Return the cost of invalidating `mask`: a method a page or a range, or one for everything."""
-        ranges = sum(1 for _ in runs(mask))
+        ranges = len(runs(mask))
         units = ranges if self.hal.tlb_by_range else mask.bit_count()
         # More than four queued ranges become one invalidate-all (uvm_tlb_batch.h), as do too many pages.
         if ranges > 4 or units > self.hal.tlb_ranges_max:

@@ -85,5 +85,5 @@ class ModuleParameters:
         True, "uvm_downgrade_force_membar_sys", "system membar on unmap and downgrade, instead of a GPU-wide one"
     )
     channel_num_gpfifo_entries: int = _parameter(
-        1024, "uvm_channel_num_gpfifo_entries", "pushes that a channel holds", ge=2, le=1 << 16
+        1024, "uvm_channel_num_gpfifo_entries", "pushes that a channel holds", ge=32, le=1 << 20
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from kit.drivers.uvm.types import BIG_PAGES, CPU, VaBlock
-from kit.memory.pagemask import region, runs
+from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, VaBlock
+from kit.memory.pagemask import first_page, region
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
 __all__ = ["uvm_perf_prefetch_get_hint_va_block"]
+
+# The top bit, and all bits but the top one, of every 64 KiB unit that a block and its padding can have.
+_TOP_BITS = sum(1 << unit + BIG_PAGES - 1 for unit in range(0, BLOCK_PAGES + BIG_PAGES, BIG_PAGES))
+_LOW_BITS = region(0, BLOCK_PAGES + BIG_PAGES) & ~_TOP_BITS
 
 
 @step
@@ -47,24 +51,20 @@ def uvm_perf_prefetch_prenotify_fault_migrations(block: VaBlock, thread: Thread,
 
 def _compute_prefetch_mask(block: VaBlock, dest: int, faulted: int, thrashing: int) -> int:
     """Grow faults to 64 KiB units, then take for each fault the highest node that is full enough."""
-    pages = block.pages
+    pages, thrashing = block.pages, thrashing & block.all_pages
     lead = min(-block.first % BIG_PAGES, pages)  # pages before the first 64 KiB boundary
-    big = (pages - lead) // BIG_PAGES
     # Shift the leaves so that big pages align with tree nodes, unless there is no big page at all.
-    offset = BIG_PAGES - lead if lead and big else 0
-    tree = (block.resident[dest] | faulted) << offset
-    for first, count in _units(pages, lead, big, faulted):
-        unit = region(first, count)
-        if not unit & thrashing:
-            tree |= unit << offset
+    aligned = pages - lead >= BIG_PAGES
+    offset = BIG_PAGES - lead if lead and aligned else 0
+    units = _units(faulted << offset) & ~_units(thrashing << offset) if aligned else 0 if thrashing else -1
+    tree = (block.resident[dest] | faulted) << offset | units & block.all_pages << offset
     leaves = pages + offset
     threshold = block.range.va_space.module.prefetch_threshold
-    levels = (leaves - 1).bit_length() + 1
     hint = 0
     todo = faulted & ~thrashing
     while todo:
-        page = (todo & -todo).bit_length() - 1
-        first, end = _highest_node(tree, page + offset, leaves, levels, threshold)
+        page = first_page(todo)
+        first, end = _highest_node(tree, page + offset, leaves, threshold)
         # A range that starts inside the padding is clamped to page `offset` of the block (the driver's own quirk).
         first = first - offset if first >= offset else offset
         end -= offset
@@ -73,40 +73,26 @@ def _compute_prefetch_mask(block: VaBlock, dest: int, faulted: int, thrashing: i
         if end == pages:
             break
         # Faults inside the node just taken climb the same way: the next one outside it can differ.
-        todo &= ~region(0, max(end, page + 1)) if end > page else ~region(0, page + 1)
+        todo &= -1 << max(end, page + 1)
     return hint
 
 
-def _units(pages: int, lead: int, big: int, faulted: int) -> list[tuple[int, int]]:
-    """Return the 64 KiB units (and unaligned head and tail) that hold a fault."""
-    if not big:
-        return [(0, pages)]
-    units: set[tuple[int, int]] = set()
-    tail = lead + big * BIG_PAGES
-    for first, count in runs(faulted):
-        last = first + count - 1
-        if first < lead:
-            units.add((0, lead))
-        if last >= tail:
-            units.add((tail, pages - tail))
-        low, high = max(first, lead), min(last, tail - 1)
-        if low <= high:
-            units.update(
-                (lead + at * BIG_PAGES, BIG_PAGES) for at in range((low - lead) // BIG_PAGES, (high - lead) // BIG_PAGES + 1)
-            )
-    return sorted(units)
+def _units(mask: int) -> int:
+    """Return the whole 64 KiB units that hold a page of `mask`."""
+    # In each unit the sum carries into the top bit when any bit below it is set.
+    top = ((mask & _LOW_BITS) + _LOW_BITS | mask) & _TOP_BITS
+    return (top << 1) - (top >> BIG_PAGES - 1)
 
 
-def _highest_node(tree: int, leaf: int, leaves: int, levels: int, threshold: int) -> tuple[int, int]:
-    """Climb from `leaf` to the root; return the range of the highest node above the threshold.
+def _highest_node(tree: int, leaf: int, leaves: int, threshold: int) -> tuple[int, int]:
+    """Return the range of the highest node around `leaf` that is above the threshold, or the leaf alone.
 
     A node cut off by the end of the tree counts the leaves it has. Failing a level does not stop the
-    climb: a larger ancestor may pass.
+    driver's climb, a larger ancestor may pass: so the search may as well start at the root.
     """
-    best = (leaf, leaf + 1)
-    for level in range(1, levels):
+    for level in range((leaves - 1).bit_length(), 0, -1):
         first = leaf >> level << level
         size = min(1 << level, leaves - first)
         if (tree >> first & ((1 << size) - 1)).bit_count() * 100 > threshold * size:
-            best = (first, first + size)
-    return best
+            return first, first + size
+    return leaf, leaf + 1

@@ -18,6 +18,7 @@ __all__ = [
 
 NONE, THROTTLE, PIN = "none", "throttle", "pin"
 NOBODY = -1
+TIMER_GRANULARITY = 20.0  # microseconds by which a pin may end early
 
 
 class Hint(NamedTuple):
@@ -211,6 +212,8 @@ def get_hint_for_migration_thrashing(block: VaBlock, thread: Thread, index: int,
     if preferred is not None and all_reach(preferred):
         return Hint(PIN, preferred)
     if (preferred is None or preferred not in involved) and all(va_space.native_atomics(p, current) for p in involved):
+        if current == CPU and all_reach(requester):
+            return Hint(PIN, requester) if requester == GPU else Hint()
         return Hint(PIN, current)
     if requester == preferred:
         if pinned:
@@ -293,8 +296,8 @@ def _thrashing_unpin_pages(block: VaBlock, index: int, deadline: float) -> Wait:
     yield engine.env.timeout(max(0.0, deadline - engine.now))
     worker = engine.thread("uvm worker")
     yield from block.lock.acquire(worker)
-    info = block.thrashing
-    if info is not None and info.page is not None and info.pinned >> index & 1 and info.page.pin_deadline[index] <= worker.now:
+    info, soon = block.thrashing, worker.now + TIMER_GRANULARITY
+    if info is not None and info.page is not None and info.pinned >> index & 1 and info.page.pin_deadline[index] <= soon:
         thrashing_unpin_pages(block, worker, index)
     yield from block.lock.release(worker)
 

@@ -91,32 +91,41 @@ def uvm_parent_gpu_service_replayable_faults(gpu: Gpu, thread: Thread) -> Wait:
         if not batch.num_cached:
             break
         preprocess_fault_batch(gpu, thread, batch)
-        try:
-            yield from service_fault_batch(gpu, thread, batch)
-        except DriverError as error:
-            if error.status != "NV_ERR_NO_MEMORY":
-                raise
-            yield from cancel_fault_batch(gpu, thread, batch, "OutOfMemory")
-            replays += batch.num_replays
-            break
+        enough = yield from _memory_sufficed(service_fault_batch(gpu, thread, batch))
         report_group(gpu, thread, batch)
+        replays += batch.num_replays
         enable_disable_prefetch_faults(gpu, thread, batch)
+        if not enough:
+            yield from cancel_fault_batch(gpu, thread, batch, "OutOfMemory")
+            break
         batches += 1
         if batch.fatal:
             thread.now = max(thread.now, batch.tracker)
-            yield from cancel_faults_precise(gpu, thread, batch)
-            replays += 1
+            if not (yield from _memory_sufficed(cancel_faults_precise(gpu, thread, batch))):
+                break
             continue
         if module.fault_replay_policy == BATCH:
             push_replay_on_parent_gpu(gpu, thread, batch)
+            replays += 1
         elif module.fault_replay_policy == BATCH_FLUSH:
             update_put = batch.num_duplicates * 100 > batch.num_cached * module.fault_replay_update_put_ratio
             end = fault_buffer_flush_locked(gpu, thread, batch, update_put)
+            replays += 1
             yield from wait_replay(gpu, thread, end)
-        replays += batch.num_replays
         throttled += batch.has_throttled
     if module.fault_replay_policy == ONCE or not replays:
         push_replay_on_parent_gpu(gpu, thread, FaultBatch())
+
+
+def _memory_sufficed(work: Wait) -> Wait:
+    """Do `work`; return whether memory sufficed. Any other failure is not the GPU's."""
+    try:
+        yield from work
+    except DriverError as error:
+        if error.status != "NV_ERR_NO_MEMORY":
+            raise
+        return False
+    return True
 
 
 @waiting_step
@@ -129,7 +138,7 @@ def service_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch, cancel: boo
             at += 1
             continue
         at = yield from service_fault_batch_dispatch(gpu, thread, batch, at)
-        if gpu.module.fault_replay_policy == BLOCK and not cancel:
+        if gpu.module.fault_replay_policy == BLOCK and not cancel and not batch.fatal:
             push_replay_on_gpu(gpu, thread, batch)
 
 
@@ -211,20 +220,22 @@ def _strongest(batch: FaultBatch, start: int, end: int) -> dict[int, int]:
 
 def _wanted(context: ServiceContext, block: VaBlock, strongest: dict[int, int]) -> None:
     """Sort faulting pages by the right that their strongest access needs."""
-    pages: dict[int, list[int]] = {READ_ONLY: [], READ_WRITE: [], READ_WRITE_ATOMIC: []}
+    by_access: dict[int, list[int]] = {}
     for page, access in strongest.items():
-        pages[NEEDED[access]].append(page - block.first)
-    for right, indices in pages.items():
-        context.wanted[right] = from_pages(indices)
-    atomics = [page - block.first for page, access in strongest.items() if access >= ATOMIC_WEAK]
-    context.atomics_only = from_pages(atomics)
+        by_access.setdefault(access, []).append(page - block.first)
+    for access, pages in by_access.items():
+        mask = from_pages(pages)
+        context.wanted[NEEDED[access]] |= mask
+        if access >= ATOMIC_WEAK:
+            context.atomics_only |= mask
 
 
 def _thrashing_hints(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext) -> None:
     """Ask thrashing about faults on suspicious pages: a throttled one is left out of this batch."""
     info = block.thrashing
     assert info is not None
-    for index in pages_of(context.faulted & info.pages).tolist():
+    # One page at least: the epoch is tested whatever page is asked about.
+    for index in pages_of(context.faulted & info.pages or context.faulted & -context.faulted).tolist():
         hint = uvm_perf_thrashing_get_hint(block, thread, index, GPU)
         if hint.type == THROTTLE:
             batch.has_throttled = True
@@ -272,7 +283,8 @@ def enable_disable_prefetch_faults(gpu: Gpu, thread: Thread, batch: FaultBatch) 
     if not gpu.prefetch_faults_supported:
         return
     lapse = gpu.module.reenable_prefetch_faults_lapse_msec * 1000.0
-    if batch.num_invalid_prefetch * 3 > gpu.module.fault_batch_count * 2:
+    most = min(gpu.module.fault_batch_count, gpu.fault_buffer.entries)
+    if gpu.prefetch_faults_enabled and lapse and batch.num_invalid_prefetch * 3 > most * 2:
         gpu.prefetch_faults_enabled, gpu.prefetch_faults_disabled_at = False, thread.now
     elif not gpu.prefetch_faults_enabled and thread.now - gpu.prefetch_faults_disabled_at > lapse:
         gpu.prefetch_faults_enabled = True

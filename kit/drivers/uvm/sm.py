@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.drivers.uvm.gpu import Gpu
-from kit.drivers.uvm.types import VaSpace
+from kit.drivers.uvm.types import PREFETCH, VaSpace
 from kit.memory.content import Content
 from kit.sim.engine import Wait
 
@@ -27,12 +27,21 @@ NEVER = np.uint8(255)  # a right that no page gives
 
 @dataclass
 class Misses:
-    """Accesses that fault, in order of arrival: page, access type, uTLB, delay after the call (microseconds)."""
+    """Accesses that fault, in order of arrival: page, access type, uTLB, delay after the call (microseconds).
+
+    ``prefetches`` says that some may be prefetch instructions, which nobody waits for.
+    """
 
     page: NDArray[np.int64]
     access: NDArray[np.int8]
     utlb: NDArray[np.int32]
     delay: NDArray[np.float64]
+    prefetches: bool = False
+
+    def without_prefetches(self) -> Misses:
+        """Return the others: where prefetches do not fault, they are dropped."""
+        keep = self.access != PREFETCH
+        return Misses(self.page[keep], self.access[keep], self.utlb[keep], self.delay[keep])
 
 
 class Kernel(Protocol):
@@ -109,6 +118,8 @@ class StreamKernel:
         self.window = 4 * lanes
         self.write_at = np.flatnonzero(need > 1)  # accesses that write, their slots, and how many of them are behind
         self.write_slots, self.written = slots[self.write_at], 0
+        prefetch = access == PREFETCH
+        self.prefetch = prefetch if prefetch.any() else None  # instructions that do not wait for their data
 
     @property
     def stalled(self) -> int:
@@ -143,16 +154,18 @@ class StreamKernel:
         stop = min(start + self.window, len(self.slots))
         miss = rights[self.slots[start:stop]] < self.need[start:stop]
         at = miss.nonzero()[0][: self.lanes - len(self.waiting)]
-        if not len(at):
+        missed = len(at) > 0
+        if not missed:
             self.window = min(2 * self.window, 1 << 18)
         else:
             at += start
             if len(at) == self.lanes - len(self.waiting):
                 stop = int(at[-1]) + 1
             self.window = max(4 * self.lanes, 64)
-            self.waiting = np.concatenate([self.waiting, at]) if len(self.waiting) else at
             fresh.append(at)
-        self._write(start, stop, miss if len(at) else None, content)
+            at = at if self.prefetch is None else at[~self.prefetch[at]]
+            self.waiting = np.concatenate([self.waiting, at]) if len(self.waiting) else at
+        self._write(start, stop, miss if missed else None, content)
         self.position = stop
         return (stop - start - len(at)) * (self.touch_us + self.pause_us)
 
@@ -170,14 +183,14 @@ class StreamKernel:
         delay = np.zeros(len(missed))
         delay[again:] = spent
         if len(missed) == 1:
-            return Misses(self.pages[missed], self.access[missed], utlb, delay)
+            return Misses(self.pages[missed], self.access[missed], utlb, delay, self.prefetch is not None)
         key = (self.pages[missed] * self.utlbs + utlb) * 8 + self.access[missed]
         order = np.argsort(key, kind="stable")
         head = np.ones(len(order), dtype=bool)
         head[1:] = key[order][1:] != key[order][:-1]
         first = np.sort(order[head])
         keep = missed[first]
-        return Misses(self.pages[keep], self.access[keep], utlb[first], delay[first])
+        return Misses(self.pages[keep], self.access[keep], utlb[first], delay[first], self.prefetch is not None)
 
     def cancel(self, pages: set[int], everything: bool) -> bool:
         """See `Kernel.cancel`."""
@@ -227,6 +240,8 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
 
 def _fault(gpu: Gpu, misses: Misses) -> None:
     """Write misses into the fault buffer as they arrive, one entry after the other."""
+    if misses.prefetches and not gpu.prefetch_faults_enabled:
+        misses = misses.without_prefetches()
     arrival = np.maximum(gpu.engine.now + misses.delay, gpu.fault_buffer.last_time)
     arrival += gpu.costs.fault_interval * np.arange(1, len(arrival) + 1)
     gpu.fault_buffer.write(arrival, misses.page, misses.access, misses.utlb)

@@ -86,11 +86,12 @@ class VaBlock:
     __slots__ = (
         "all_pages", "big_ptes", "cancel_4k", "clean", "cpu_chunks", "discarded", "evicted", "fault_migrations_to_last_proc",
         "first", "frames", "gpu_chunks", "gpu_state", "last_migration_proc_id", "lock", "pages", "pte", "pte_2m", "range",
-        "read_duplicated", "resident", "slot", "thrashing", "tracker",
+        "read_duplicated", "resident", "slot", "thrashing", "tracker", "va",
     )  # fmt: skip
 
     def __init__(self, va_range: VaRange, first: int, pages: int, slots: tuple[int, int]) -> None:
         self.range, self.first, self.pages, self.slot = va_range, first, pages, slots
+        self.va = first * PAGE
         self.all_pages = region(0, pages)
         self.lock = Lock()
         self.resident = [0, 0]
@@ -112,11 +113,6 @@ class VaBlock:
         self.thrashing: BlockThrashing | None = None
 
     @property
-    def va(self) -> int:
-        """First byte."""
-        return self.first * PAGE
-
-    @property
     def whole(self) -> bool:
         """The block is a full 2 MiB."""
         return self.pages == BLOCK_PAGES
@@ -124,6 +120,22 @@ class VaBlock:
     def mapped(self, processor: int) -> int:
         """Return the mask of pages that `processor` can at least read."""
         return self.pte[processor][READ_ONLY]
+
+    def frames_at(self, processor: int, at: slice | NDArray[np.generic]) -> slice | NDArray[np.int32]:
+        """Return the frames of the pages that `at` picks: a slice when they are known to be contiguous."""
+        if isinstance(at, slice):
+            base = self._base(processor)
+            if base >= 0:
+                return slice(base + at.start, base + at.stop)
+        return self.frames[processor][at]
+
+    def _base(self, processor: int) -> int:
+        """Return the frame of the first page when one chunk backs the whole block at `processor`, else -1."""
+        if processor == GPU:
+            chunk = self.gpu_chunks.get(0)
+            return chunk.frame if chunk is not None and chunk.pages == self.pages else -1
+        frame, pages, _ = self.cpu_chunks.get(0, (-1, 0, 0))
+        return frame if pages == self.pages else -1
 
     def populated(self, processor: int) -> int:
         """Return the mask of pages for which memory is held at `processor`."""

@@ -62,8 +62,14 @@ def block_unmap_gpu(block: VaBlock, thread: Thread, mask: int) -> None:
     """Clear GPU entries, invalidate the TLB, membar; the next push on the block waits for it (uvm_va_block.c)."""
     gpu = block.range.va_space.gpu
     written = _write_ptes(block, gpu, mask, 0)
-    downgrade_membar = gpu.costs.membar_sys if gpu.module.downgrade_force_membar_sys else gpu.costs.membar_gpu
-    _push_ptes(block, thread, gpu, written, mask, downgrade_membar + gpu.hal.extra_hshub_membars * gpu.costs.membar_gpu)
+    _push_ptes(block, thread, gpu, written, mask, _downgrade_membar(block, gpu, mask))
+
+
+def _downgrade_membar(block: VaBlock, gpu: Gpu, mask: int) -> float:
+    """Return the cost of the membar that follows: a GPU-wide one is enough for local memory (uvm_hal.c)."""
+    local = not mask & ~block.resident[GPU]
+    wide = gpu.costs.membar_gpu if local and not gpu.module.downgrade_force_membar_sys else gpu.costs.membar_sys
+    return float(wide + gpu.hal.extra_hshub_membars * gpu.costs.membar_gpu)
 
 
 @step
@@ -155,7 +161,8 @@ def block_revoke_prot_gpu_to(block: VaBlock, thread: Thread, mask: int, prot: in
     """Write lower rights over the GPU's entries and invalidate (uvm_va_block.c)."""
     gpu = block.range.va_space.gpu
     location = GPU if mask & block.resident[GPU] else CPU
-    _push_ptes(block, thread, gpu, _write_ptes(block, gpu, mask, prot - 1, location), mask, gpu.costs.membar_sys)
+    membar = _downgrade_membar(block, gpu, mask)
+    _push_ptes(block, thread, gpu, _write_ptes(block, gpu, mask, prot - 1, location), mask, membar)
     block_revoke_prot_gpu_perf_notify(block, thread, mask)
 
 

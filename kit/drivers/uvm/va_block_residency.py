@@ -12,7 +12,7 @@ from kit.drivers.uvm.pmm_gpu import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, PAGE, READ_ONLY, READ_WRITE, MoreProcessingRequired, VaBlock
 from kit.drivers.uvm.va_block_map import uvm_va_block_revoke_prot, uvm_va_block_unmap, uvm_va_block_unmap_mask
 from kit.errors import DriverError
-from kit.memory.pagemask import bools, first_page, from_pages, region, runs
+from kit.memory.pagemask import bools, first_page, from_pages, region, runs, selection
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -28,7 +28,7 @@ __all__ = [
 TOOLS_CAUSE = {"fault": "coherence", "eviction": "eviction", "api": "user", "range_group": "coherence"}
 
 
-@dataclass
+@dataclass(slots=True)
 class BlockContext:
     """State of one block operation: chunks of a retry, and what the last make-resident did."""
 
@@ -178,11 +178,12 @@ def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: int) -> Non
     va_space = block.range.va_space
     costs, frames = va_space.gpu.costs, block.frames[CPU]
     held = block.populated(CPU)
+    sizes = va_space.module.cpu_chunk_allocation_sizes if va_space.gpu.hal.replayable_faults else "4K"
     chunks = 0
     todo = wanted & ~held
     while todo:
         at = first_page(todo)
-        first, count, each = _cpu_chunk(block, va_space.module.cpu_chunk_allocation_sizes, at, held, todo)
+        first, count, each = _cpu_chunk(block, sizes, at, held, todo)
         frame = va_space.host.alloc(count)
         if region(first, count) & ~(block.resident[CPU] | block.resident[GPU]):
             va_space.host.zero(slice(frame, frame + count))
@@ -210,7 +211,7 @@ def _cpu_chunk(block: VaBlock, sizes: str, at: int, held: int, todo: int) -> tup
         if first >= 0 and first + BIG_PAGES <= block.pages and not around & held:
             return first, BIG_PAGES, BIG_PAGES
         return at, 1, 1
-    length = next(runs(todo))[1]
+    length = runs(todo)[0][1]
     return at, length, 1
 
 
@@ -310,10 +311,11 @@ def block_copy_resident_pages(
 ) -> None:
     """Copy from every processor that holds wanted pages (uvm_va_block.c)."""
     dest = context.dest
-    block_settle(block)
-    copied = mask & ~block.resident[dest] & block.resident[1 - dest] & ~block.discarded
-    if copied:
-        block_copy_resident_pages_mask(block, thread, context, copied, prefetched, duplicate)
+    leaving = mask & ~block.resident[dest] & block.resident[1 - dest]
+    if leaving:
+        block_settle(block, 1 - dest, leaving)
+    if leaving & ~block.discarded:
+        block_copy_resident_pages_mask(block, thread, context, leaving & ~block.discarded, prefetched, duplicate)
 
 
 @step
@@ -359,9 +361,8 @@ def block_copy_resident_pages_between(
     thread.charge(gpu.costs.push + commands * gpu.costs.copy_command)
     thread.note(va=block.va, pages=mask.bit_count(), bytes=mask.bit_count() * PAGE, cause=cause)
     at, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
-    pools = (va_space.host, gpu.frames)
-    to, fro = pools[dest].payload, pools[source].payload
-    residency = 1 << source
+    pools, moved = (va_space.host, gpu.frames), selection(mask, block.pages)
+    pools[dest].payload[block.frames_at(dest, moved)] = pools[source].payload[block.frames_at(source, moved)]
     for (first, count, why), duration in zip(records, durations, strict=True):
         end = at + duration
         trace.span(
@@ -369,9 +370,7 @@ def block_copy_resident_pages_between(
             bytes=count * PAGE, cause=why,
         )  # fmt: skip
         if not duplicate:
-            trace.move(at, end, block.first + first, count, residency, 1 << dest, why)
-        pages = slice(first, first + count)
-        to[block.frames[dest][pages]] = fro[block.frames[source][pages]]
+            trace.move(at, end, block.first + first, count, 1 << source, 1 << dest, why)
         at = end
     context.did_copy, context.copies_end = True, at
     context.pages_changed_residency |= mask
@@ -381,20 +380,23 @@ def block_copy_resident_pages_between(
     thrashing_notify_migration(block, thread, mask, dest, context.cause)
 
 
-def block_settle(block: VaBlock) -> None:
-    """Bring the program's writes into the frames that hold the pages now."""
+def block_settle(block: VaBlock, processor: int, mask: int) -> None:
+    """Bring the program's writes to the pages of `mask` into the frames that hold them at `processor`."""
     va_space = block.range.va_space
     content, slot = va_space.content, block.slot[GPU]
-    dirty = np.flatnonzero(content.dirty[slot : slot + block.pages])
-    if not len(dirty):
+    dirty, moved = content.dirty[slot : slot + block.pages], selection(mask, block.pages)
+    written = np.count_nonzero(dirty[moved])
+    if not written:
         return
+    pool = (va_space.host, va_space.gpu.frames)[processor]
+    if isinstance(moved, slice) and written == moved.stop - moved.start:
+        block.clean &= ~mask
+        content.settle(slice(slot + moved.start, slot + moved.stop), pool, block.frames_at(processor, moved))
+        return
+    pages = (dirty & bools(mask, block.pages)).nonzero()[0]
     if block.clean:
-        block.clean &= ~from_pages(dirty)
-    for processor, pool in ((CPU, va_space.host), (GPU, va_space.gpu.frames)):
-        held = block.resident[processor]
-        if held:
-            mine = dirty if held == block.all_pages else dirty[bools(held, block.pages)[dirty]]
-            content.settle(slot + mine, pool, block.frames[processor][mine])
+        block.clean &= ~from_pages(pages)
+    content.settle(slot + pages, pool, block.frames[processor][pages])
 
 
 def _mappers(block: VaBlock) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from kit.sim.trace import step, waiting_step
 __all__ = ["ServiceContext", "uvm_va_block_select_residency", "uvm_va_block_service_locked"]
 
 
-@dataclass
+@dataclass(slots=True)
 class ServiceContext:
     """uvm_service_block_context_t: one service operation, kept over its retries.
 

@@ -9,7 +9,7 @@ import numpy as np
 from kit.drivers.uvm.types import CPU, GPU, VaSpace
 from kit.drivers.uvm.va_block_residency import block_settle
 from kit.flows.run import Integrity
-from kit.memory.pagemask import bools
+from kit.memory.pagemask import bools, selection
 
 if TYPE_CHECKING:
     from kit.flows.cuda_demand_paging.session import Session
@@ -23,20 +23,23 @@ def integrity(va_space: VaSpace) -> Integrity:
     checked = lost = 0
     for va_range in va_space.ranges:
         for block in va_range.blocks.values():
-            block_settle(block)
             stamps = va_space.content.stamps[block.slot[GPU] : block.slot[GPU] + block.pages]
-            good = np.ones(block.pages, dtype=bool)
-            somewhere = np.zeros(block.pages, dtype=bool)
+            good, nowhere = np.ones(block.pages, dtype=bool), block.all_pages
             for processor, pool in ((CPU, va_space.host), (GPU, va_space.gpu.frames)):
-                here = bools(block.resident[processor], block.pages)
-                held = here & (block.frames[processor] >= 0)
-                good[here & ~held] = False
-                good[held] &= pool.intact(block.frames[processor][held], stamps[held])
-                somewhere |= here
-            # A page that was written but is resident nowhere has lost its content.
-            good[~somewhere & (stamps != 0)] = False
-            checked += int((somewhere | (stamps != 0)).sum())
-            lost += int((~good).sum())
+                held = block.resident[processor]
+                if held:
+                    block_settle(block, processor, held)
+                    at = selection(held, block.pages)
+                    good[at] &= pool.intact(block.frames_at(processor, at), stamps[at])
+                    good[at] &= block.frames[processor][at] >= 0
+                    nowhere &= ~held
+            checked += block.pages
+            if nowhere:
+                # A page that was written but is resident nowhere has lost its content.
+                empty = bools(nowhere, block.pages) & (stamps == 0)
+                good[bools(nowhere, block.pages) & ~empty] = False
+                checked -= int(np.count_nonzero(empty))
+            lost += block.pages - int(np.count_nonzero(good))
         # Writes that never reached a block at all would stay marked.
         lost += int(va_space.content.dirty[va_range.slot : va_range.slot + va_range.pages].sum())
     return Integrity(checked, lost)

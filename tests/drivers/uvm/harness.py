@@ -190,6 +190,10 @@ class Harness:
 
     def advise(self, advice: str, first: int, pages: int) -> None:
         """cudaMemAdvise: read_mostly, preferred_cpu, preferred_gpu, accessed_by_cpu, accessed_by_gpu, each also with un-."""
+        self.run(self.advising(advice, first, pages))
+
+    def advising(self, advice: str, first: int, pages: int) -> Wait:
+        """The same, as work."""
         space, cpu = self.space, self.cpu
         where = {"cpu": CPU, "gpu": GPU}.get(advice.rpartition("_")[2], CPU)
         work = {
@@ -201,7 +205,7 @@ class Harness:
             "unaccessed_by": lambda: uvm_api_unset_accessed_by(space, cpu, first, pages, where),
         }
         name = advice if advice.endswith("mostly") else advice.rpartition("_")[0]
-        self.run(work[name]())
+        return work[name]()
 
     def evict(self) -> bool:
         """Evict the next victim, as an allocation would, and give the root chunk back; False when nothing is evictable."""
@@ -253,7 +257,7 @@ class Harness:
 
     def where(self, va_range: VaRange) -> str:
         """Residency of each page of a range: . nowhere, C, G, D on both."""
-        letters = ["."] * va_range.pages
+        letters = ["."] * va_range.vma.pages
         for part in [r for r in self.space.ranges if r.vma is va_range.vma]:
             for block in part.blocks.values():
                 for index in range(block.pages):
