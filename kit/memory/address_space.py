@@ -92,7 +92,7 @@ class AddressSpace:
     def munmap(self, vma: Vma) -> None:
         """Remove an area and, when it is anonymous, free its frames."""
         if vma.fault is None:
-            frames = self.table.frame.reshape(-1)[vma.slot : vma.slot + vma.pages]
+            frames = self.table.frame[vma.slot : vma.slot + vma.pages]
             for frame in frames[frames >= 0].tolist():
                 self.frames.free(frame, 1)
             frames[:] = -1
@@ -140,8 +140,9 @@ class AddressSpace:
         at, window = 0, 64
         while at < len(pages):
             stop = min(at + window, len(pages))
-            miss = (self.table.rights.reshape(-1)[slots[at:stop]] < need[at:stop]) | (slots[at:stop] < 0)
-            ran = int(miss.argmax()) if miss.any() else stop - at
+            miss = self.table.rights[slots[at:stop]] < need[at:stop]
+            first = int(miss.argmax())
+            ran = first if miss[first] else stop - at
             if ran:
                 thread.charge(ran * touch_us)
                 if wrote is not None:
@@ -162,7 +163,7 @@ class AddressSpace:
             yield from vma.fault(thread, page, write)
             return
         slot = vma.slot + page - vma.first
-        frame = int(self.table.frame.reshape(-1)[slot])
+        frame = int(self.table.frame[slot])
         if frame < 0:  # else the page is there, and only its rights were taken away
             frame = self.frames.alloc(1)
             self.frames.zero(slice(frame, frame + 1))

@@ -35,7 +35,8 @@ class Content:
 
     def write(self, slots: NDArray[np.integer]) -> None:
         """Mark pages as written."""
-        self.dirty[slots] = True
+        if len(slots):
+            self.dirty[slots] = True
 
     def settle(self, slots: slice | NDArray[np.int64], frames: Frames, where: Index) -> None:
         """Put the content of written pages into the frames that hold them.
@@ -48,8 +49,11 @@ class Content:
             The frame in `frames` of each page.
         """
         self._version += 1
-        number = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
-        stamps = (number + (self._version << _VERSION_SHIFT | 1)).astype(np.uint64)
+        base = self._version << _VERSION_SHIFT | 1
+        if isinstance(slots, slice):
+            stamps = np.arange(base + slots.start, base + slots.stop, dtype=np.uint64)
+        else:
+            stamps = (slots + base).astype(np.uint64)
         self.stamps[slots] = stamps
         frames.write(where, stamps)
         self.dirty[slots] = False

@@ -8,11 +8,12 @@ of nanoseconds, an order less than a numpy call on 512 booleans. Bit *i* is page
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bools", "first_page", "from_pages", "pages_of", "region", "runs", "selection"]
+__all__ = ["bools", "first_page", "from_bools", "from_pages", "pages_of", "region", "runs", "selection"]
 
 
 def region(first: int, count: int) -> int:
@@ -25,10 +26,9 @@ def first_page(mask: int) -> int:
     return (mask & -mask).bit_length() - 1
 
 
-def runs(mask: int) -> Sequence[tuple[int, int]]:
+@lru_cache(maxsize=1 << 12)
+def runs(mask: int) -> tuple[tuple[int, int], ...]:
     """Return (first page, pages) of each contiguous run, ascending."""
-    if not mask:
-        return ()
     found, at = [], 0
     while mask:
         gap = (mask & -mask).bit_length() - 1
@@ -38,7 +38,7 @@ def runs(mask: int) -> Sequence[tuple[int, int]]:
         found.append((at, length))
         mask >>= length
         at += length
-    return found
+    return tuple(found)
 
 
 def from_pages(pages: Sequence[int] | NDArray[np.integer]) -> int:
@@ -51,6 +51,11 @@ def from_pages(pages: Sequence[int] | NDArray[np.integer]) -> int:
     at = np.asarray(pages)
     marks = np.zeros(int(at.max()) + 1, dtype=bool)
     marks[at] = True
+    return from_bools(marks)
+
+
+def from_bools(marks: NDArray[np.bool_]) -> int:
+    """Return the mask of marked pages, shape (n,)."""
     return int.from_bytes(np.packbits(marks, bitorder="little").tobytes(), "little")
 
 
@@ -60,11 +65,14 @@ def bools(mask: int, count: int) -> NDArray[np.bool_]:
     return np.unpackbits(raw, count=count, bitorder="little").view(np.bool_)
 
 
+@lru_cache(maxsize=1 << 12)
 def selection(mask: int, count: int) -> slice | NDArray[np.bool_]:
     """Return what picks the pages of a mask out of an array of `count` pages: a slice when they are one run."""
     low = mask & -mask
     if mask + low & mask:
-        return bools(mask, count)
+        picked = bools(mask, count)
+        picked.flags.writeable = False  # everybody who asks again gets this one
+        return picked
     first = low.bit_length() - 1
     return slice(first, first + mask.bit_count())
 

@@ -67,10 +67,9 @@ class PageTable:
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         self.rows = 0
-        # The last row is never used: slot -1 (no table there) reads as no right.
-        self.rights = np.zeros((1, geometry.leaf), dtype=np.uint8)
-        self.frame = np.full((1, geometry.leaf), -1, dtype=np.int32)
-        self.shift = np.zeros((1, geometry.leaf), dtype=np.uint8)
+        # Row after row in one dimension. The last row is never used: slot -1 (no table there) reads as no right.
+        self.rights = np.zeros(geometry.leaf, dtype=np.uint8)
+        self.frame = np.full(geometry.leaf, -1, dtype=np.int32)
         # One pool of directory tables a level above the leaves; entry: row of the table below, or -1.
         self.directories = [np.full((1, 1 << geometry.bits[0]), -1, dtype=np.int32)]
         self.directories += [np.full((1, 1 << bits), -1, dtype=np.int32) for bits in geometry.bits[1:-1]]
@@ -101,8 +100,8 @@ class PageTable:
         """Return right and frame of each page; 0 and -1 where nothing is mapped."""
         slots = self.walk(pages)
         there = slots >= 0
-        rights = np.where(there, self.rights.reshape(-1)[slots], 0).astype(np.uint8)
-        return rights, np.where(rights > 0, self.frame.reshape(-1)[slots], -1).astype(np.int32)
+        rights = np.where(there, self.rights[slots], 0).astype(np.uint8)
+        return rights, np.where(rights > 0, self.frame[slots], -1).astype(np.int32)
 
     def reserve(self, first: int, count: int) -> int:
         """Create the leaf tables of a range on consecutive rows and return the slot of page `first`.
@@ -120,25 +119,24 @@ class PageTable:
 
     def window(self, slot: int, count: int) -> NDArray[np.uint8]:
         """Return the live rights of `count` pages from `slot`; valid until tables are added."""
-        return self.rights.reshape(-1)[slot : slot + count]
+        return self.rights[slot : slot + count]
 
-    def map(self, slot: int, count: int, frames: NDArray[np.integer] | int, right: int, shift: int = 12) -> None:
+    def map(self, slot: int, count: int, frames: NDArray[np.integer] | int, right: int) -> None:
         """Write `count` entries from `slot`: consecutive frames from an int, or an array of frames."""
         at = slice(slot, slot + count)
-        self.rights.reshape(-1)[at] = right
+        self.rights[at] = right
         if isinstance(frames, int):
-            self.frame.reshape(-1)[at] = np.arange(frames, frames + count, dtype=np.int32)
+            self.frame[at] = np.arange(frames, frames + count, dtype=np.int32)
         else:
-            self.frame.reshape(-1)[at] = frames
-        self.shift.reshape(-1)[at] = shift
+            self.frame[at] = frames
 
     def protect(self, slot: int, count: int, right: int) -> None:
         """Change the right of `count` entries from `slot`."""
-        self.rights.reshape(-1)[slot : slot + count] = right
+        self.rights[slot : slot + count] = right
 
     def unmap(self, slot: int, count: int) -> None:
         """Clear `count` entries from `slot`."""
-        self.rights.reshape(-1)[slot : slot + count] = 0
+        self.rights[slot : slot + count] = 0
 
     @property
     def tables(self) -> int:
@@ -171,11 +169,10 @@ class PageTable:
         return row
 
     def _new_leaf(self) -> int:
-        row = self.rows
-        if row + 1 == len(self.rights):
-            more = (max(16, row), self.geometry.leaf)
+        row, leaf = self.rows, self.geometry.leaf
+        if (row + 1) * leaf == len(self.rights):
+            more = max(16, row) * leaf
             self.rights = np.concatenate([self.rights, np.zeros(more, dtype=np.uint8)])
             self.frame = np.concatenate([self.frame, np.full(more, -1, dtype=np.int32)])
-            self.shift = np.concatenate([self.shift, np.zeros(more, dtype=np.uint8)])
         self.rows += 1
         return row

@@ -77,7 +77,7 @@ class Engine:
 
     def pause(self, delay: float) -> Iterable[simpy.Event]:
         """Let `delay` microseconds pass for the running process."""
-        return NO_WAIT if self.env.leap(delay) else (self.env.timeout(delay),)
+        return NO_WAIT if self.env.leap(delay) else (simpy.Timeout(self.env, delay),)
 
     def run(self, until: simpy.Event | None = None) -> Any:
         """Run until `until` has happened, or until nothing is left to do."""
@@ -128,7 +128,7 @@ class Thread:
         return NO_WAIT if self.in_step() else self._catch_up()
 
     def _catch_up(self) -> Wait:
-        yield self._env.timeout(self.now - self._env.now)
+        yield simpy.Timeout(self._env, self.now - self._env.now)
         self.now = float(self._env.now)
 
     def wait(self, event: simpy.Event) -> Wait:

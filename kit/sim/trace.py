@@ -2,13 +2,12 @@
 
 *Spans* say which step ran when, on which actor, under which parent, over which pages.
 *Moves* say where runs of pages went, enough to tell where every page was at any moment.
-Columns live in ``array`` buffers: an append costs tens of nanoseconds and a numpy array is one copy
-away. Doubles hold every address below 2**53 exactly.
+Columns live in lists and packed bytes, whose appends cost tens of nanoseconds; readers get numpy
+arrays. Doubles hold every address below 2**53 exactly.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Generator
 from functools import wraps
 from struct import Struct
@@ -21,6 +20,7 @@ __all__ = ["MOVE_COLUMNS", "SPAN_COLUMNS", "Moves", "Names", "Spans", "Trace", "
 
 SPAN_COLUMNS = ("start", "end", "step", "actor", "parent", "va", "pages", "bytes", "cause", "status", "value")
 MOVE_COLUMNS = ("start", "end", "first_page", "pages", "src", "dst", "cause")
+PAGE = 4096  # bytes
 _STEP_SHIFT = 8  # a span's key is step << 8 | actor
 _FACTS = SPAN_COLUMNS.index("va")  # columns from here on are facts that only some spans have
 _WIDTH = 1 + len(SPAN_COLUMNS) - _FACTS
@@ -57,8 +57,10 @@ class Spans:
     columns = SPAN_COLUMNS
 
     def __init__(self) -> None:
-        self.start, self.end = array("d"), array("d")
-        self.key, self.parent = array("q"), array("q")
+        self.start: list[float] = []
+        self.end: list[float] = []
+        self.key: list[int] = []
+        self.parent: list[int] = []
         self.facts = bytearray()  # a row number and the columns from va on, packed as doubles
 
     def __len__(self) -> int:
@@ -78,7 +80,7 @@ class Spans:
             return (key >> _STEP_SHIFT if name == "step" else key & ((1 << _STEP_SHIFT) - 1)).astype(np.float64)
         if name in ("start", "end", "parent"):
             return np.array(getattr(self, name), dtype=np.float64)
-        facts = np.frombuffer(bytes(self.facts), dtype=np.float64).reshape(-1, _WIDTH)
+        facts = np.frombuffer(self.facts, dtype=np.float64).reshape(-1, _WIDTH)
         blank = -1.0 if name == "va" else 0.0
         said = facts[:, 1 + SPAN_COLUMNS.index(name) - _FACTS]
         chosen = said != blank
@@ -165,6 +167,30 @@ class Trace:
     def move(self, start: float, end: float, first_page: int, pages: int, src: int, dst: int, cause: str = "") -> None:
         """Append a run of pages going from residency mask `src` to `dst`."""
         self.moves.rows.extend(_pack_move(start, end, first_page, pages, src, dst, self.causes(cause)))
+
+    def copied(
+        self, step: str, actor: str, parent: int, times: list[float], copies: list[tuple[int, int, str]], src: int, dst: int
+    ) -> None:  # fmt: skip
+        """Append a finished span and a move for each of several runs of pages, copied one after the other.
+
+        Parameters
+        ----------
+        times : list of float, length n + 1
+            When each copy starts, and when the last one ends.
+        copies : list of (first page, pages, cause), length n
+        src, dst : int
+            Residency masks; equal ones make no moves.
+        """
+        spans, moves, row = self.spans, self.moves.rows, len(self.spans.end)
+        for at, (page, pages, cause) in enumerate(copies):
+            why = self.causes(cause)
+            spans.facts.extend(_pack_facts(row + at, page * PAGE, pages, pages * PAGE, why, 0, 0))
+            if src != dst:
+                moves.extend(_pack_move(times[at], times[at + 1], page, pages, src, dst, why))
+        spans.start.extend(times[:-1])
+        spans.end.extend(times[1:])
+        spans.key.extend([self.key(step, actor)] * len(copies))
+        spans.parent.extend([parent] * len(copies))
 
     def residency_at(self, time: float, first_page: int, pages: int) -> NDArray[np.int16]:
         """Return where each page is at `time`: a residency mask, or -1 while in flight.

@@ -55,7 +55,10 @@ def cancel_fault_precise_va(gpu: Gpu, thread: Thread, page: int, reason: str) ->
 
 @waiting_step
 def cancel_faults_precise_tlb(gpu: Gpu, thread: Thread) -> Wait:
-    """Pascal: replay until a uTLB's first buffered fault is fatal, then cancel that uTLB (uvm_gpu_replayable_faults.c)."""
+    """Pascal: replay until only fatal faults are left in a uTLB, then cancel that uTLB (uvm_gpu_replayable_faults.c).
+
+    A uTLB is in lock-down, and can be cancelled, when its fatal fault of the round before has shown up again.
+    """
     from kit.drivers.uvm.replayable_faults import (
         fault_buffer_flush_locked,
         push_replay_on_gpu,
@@ -64,6 +67,7 @@ def cancel_faults_precise_tlb(gpu: Gpu, thread: Thread) -> Wait:
     )
 
     was_enabled, gpu.prefetch_faults_enabled = gpu.prefetch_faults_enabled, False
+    seen: dict[int, int] = {}  # uTLB -> its first fatal page in the round before
     while True:
         batch = FaultBatch()
         yield from wait_replay(gpu, thread, fault_buffer_flush_locked(gpu, thread, batch, True))
@@ -71,26 +75,31 @@ def cancel_faults_precise_tlb(gpu: Gpu, thread: Thread) -> Wait:
         fetch_fault_buffer_entries(gpu, thread, batch, everything=True)
         if not len(batch):
             break
-        first_of = dict(zip(batch.utlb[::-1], batch.page[::-1], strict=True))
+        entries = list(zip(batch.utlb, batch.page, strict=True))
+        locked = {utlb for utlb, page in seen.items() if (utlb, page) in entries}
         preprocess_fault_batch(gpu, thread, batch)
         yield from service_fault_batch(gpu, thread, batch, cancel=True)
         if not batch.fatal:
             break
-        try_to_cancel_utlbs(gpu, thread, batch, first_of)
+        try_to_cancel_utlbs(gpu, thread, batch, entries, locked)
+        seen = {utlb: page for utlb, page in reversed(entries) if page in batch.fatal}
     gpu.prefetch_faults_enabled = was_enabled
     end = push_replay_on_gpu(gpu, thread, FaultBatch(), wake=False)
     yield from wait_replay(gpu, thread, end)
 
 
 @step
-def try_to_cancel_utlbs(gpu: Gpu, thread: Thread, batch: FaultBatch, first_of: dict[int, int]) -> None:
-    """Cancel each uTLB whose first buffered fault is fatal (uvm_gpu_replayable_faults.c).
+def try_to_cancel_utlbs(
+    gpu: Gpu, thread: Thread, batch: FaultBatch, entries: list[tuple[int, int]], locked: set[int]
+) -> None:
+    """Cancel each locked-down uTLB all of whose buffered faults are fatal (uvm_gpu_replayable_faults.c).
 
-    When none qualifies, because an earlier fault of the uTLB was served just now, the next round
-    finds the fatal fault in front.
+    Where one was served just now, the next round finds it gone.
     """
+    first_of = {utlb: page for utlb, page in reversed(entries) if utlb in locked}
+    alive = {utlb for utlb, page in entries if page not in batch.fatal}
     for utlb, page in sorted(first_of.items()):
-        if page in batch.fatal:
+        if utlb not in alive:
             record_fatal_fault_helper(gpu, thread, page, batch.fatal[page])
             push_cancel_on_gpu_targeted(gpu, thread, utlb, page, batch.fatal[page])
 

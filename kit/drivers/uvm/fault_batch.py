@@ -110,10 +110,9 @@ def preprocess_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
     """Sort by address, strongest access first; one channel, so one instance pointer (uvm_gpu_replayable_faults.c)."""
     count = len(batch)
     thread.charge(count * gpu.costs.preprocess_entry)
-    if count > 1:
+    if count > 1 and list(batch.page) != sorted(set(batch.page)):
         rank = [page * 8 - access for page, access in zip(batch.page, batch.access, strict=True)]
-        if rank != sorted(rank):
-            batch.pick(sorted(range(count), key=rank.__getitem__))
+        batch.pick(sorted(range(count), key=rank.__getitem__))
 
 
 def flush(buffer: FaultBuffer, now: float, update_put: bool) -> int:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FaultBuffer"]
+__all__ = ["Column", "FaultBuffer"]
 
-# One entry, as columns: arrival time, virtual page, access type, uTLB, fault type (0: not fatal).
-_TYPES = (np.float64, np.int64, np.int8, np.int32, np.int8)
-Column = Sequence[float] | NDArray[np.generic]
+Column = list[Any] | NDArray[Any]
 
 
 class FaultBuffer:
-    """Entries between GET and PUT.
+    """Entries between GET and PUT, kept as they were written: sets of columns, one for each write.
 
     Full means PUT = GET - 1: the arriving entry is dropped and nothing more is recorded until GET
     has moved. A dropped fault is not lost: its access stays stalled and faults again after the next
@@ -30,8 +29,10 @@ class FaultBuffer:
 
     def __init__(self, entries: int) -> None:
         self.entries = entries
-        self.ring = tuple(np.zeros(entries, dtype=kind) for kind in _TYPES)
-        self.get = self.put = 0  # counters that never wrap; the ring index is the remainder
+        # Arrival time, virtual page, access type, uTLB, fault type (0: not fatal); the first set's start is taken.
+        self._written: deque[tuple[Column, ...]] = deque()
+        self._taken = 0
+        self.get = self.put = 0  # counters that never wrap
         self.cached_put = 0
         self.overflow = False
         self.dropped = 0
@@ -46,50 +47,54 @@ class FaultBuffer:
     @property
     def first_time(self) -> float:
         """Arrival of the entry at GET."""
-        return float(self.ring[0][self.get % self.entries])
+        return float(self._written[0][0][self._taken])
 
-    def write(self, time: Column, page: Column, access: Column, utlb: Column, fatal: Column | int = 0) -> None:
+    def write(self, time: Column, page: Column, access: Column, utlb: Column, fatal: Column | None = None) -> None:
         """Append faults in order of arrival, dropping what does not fit, and raise the interrupt.
 
         Parameters
         ----------
-        time, page, access, utlb, fatal : sequence or ndarray, shape (n,)
+        time, page, access, utlb, fatal : list or ndarray, shape (n,)
         """
         room = 0 if self.overflow else min(len(page), self.space)
+        columns: tuple[Column, ...] = (time, page, access, utlb, [0] * len(page) if fatal is None else fatal)
         if room < len(page):
             self.overflow = True
             self.dropped += len(page) - room
+            columns = tuple(column[:room] for column in columns)
         if room:
             self.last_time = float(time[room - 1])
-            at = self._places(self.put, room)
-            columns = (time, page, access, utlb, fatal)
-            for place, column in zip(self.ring, columns, strict=True):
-                place[at] = column if isinstance(column, int) else column[:room]
+            self._written.append(columns)
             self.put += room
             self.interrupt()
 
     def arrived(self, now: float) -> int:
         """Return PUT as the hardware shows it at time `now`: entries that have arrived by then."""
-        count = self.put - self.get
-        if not count or self.last_time <= now:
+        if self.put == self.get or self.last_time <= now:
             return self.put
-        return self.get + int(np.searchsorted(self.ring[0][self._places(self.get, count)], now, side="right"))
+        count = sum(int(np.searchsorted(columns[0], now, side="right")) for columns in self._written)
+        return self.get + max(count - self._taken, 0)
 
     def read(self, count: int) -> list[list[Any]]:
         """Take `count` entries from GET on, as columns of plain numbers; moving GET clears the overflow."""
-        at = self._places(self.get, count)
-        taken = [column[at].tolist() for column in self.ring]
+        parts, start, missing = [], self._taken, count
+        for columns in self._written:
+            parts.append([_plain(column[start : start + missing]) for column in columns])
+            missing -= len(parts[-1][0])
+            if not missing:
+                break
+            start = 0
         self.advance(self.get + count)
-        return taken
+        return parts[0] if len(parts) == 1 else [sum(column, []) for column in zip(*parts, strict=True)]
 
     def advance(self, get: int) -> None:
         """Write GET, and by a second write clear OVERFLOW."""
+        self._taken += get - self.get
+        while self._written and self._taken >= len(self._written[0][0]):
+            self._taken -= len(self._written.popleft()[0])
         self.get = get
         self.overflow = False
 
-    def _places(self, first: int, count: int) -> slice | NDArray[np.int64]:
-        """Return where in the ring `count` entries from counter `first` are."""
-        start = first % self.entries
-        if start + count <= self.entries:
-            return slice(start, start + count)
-        return np.arange(first, first + count) % self.entries
+
+def _plain(column: Column) -> list[Any]:
+    return column if isinstance(column, list) else column.tolist()

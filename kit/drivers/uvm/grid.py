@@ -225,7 +225,7 @@ class GridKernel:
             self.late.clear()
             keep = keep[~late]
         sm = (group[keep] >> 8) % self.sms
-        return Misses(page[keep], access[keep], (sm % self.utlbs).astype(np.int32), delay[keep])
+        return Misses(page[keep], access[keep], sm % self.utlbs, delay[keep])
 
     def _merge_groups(self, lanes: NDArray[np.int64], storing: bool) -> NDArray[np.int64]:
         """SM of each warp, and which of its miss entries: one entry merges so many warps of a thread block."""

@@ -75,9 +75,6 @@ class ModuleParameters:
         "4K+64K+2M", "uvm_cpu_chunk_allocation_sizes", "CPU chunk sizes tried, largest first",
         choices=("4K", "4K+64K", "4K+2M", "4K+64K+2M"),
     )  # fmt: skip
-    map_remote_on_native_atomics_fault: bool = _parameter(
-        False, "uvm_perf_map_remote_on_native_atomics_fault", "keep a page remote when only atomics fault on it"
-    )
     fault_force_sysmem: bool = _parameter(
         False, "uvm_fault_force_sysmem", "serve every fault from system memory (needs the driver's built-in tests)"
     )

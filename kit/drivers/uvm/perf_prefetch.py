@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, VaBlock
 from kit.memory.pagemask import first_page, region
 from kit.sim.engine import Thread
@@ -37,11 +39,12 @@ def uvm_perf_prefetch_prenotify_fault_migrations(block: VaBlock, thread: Thread,
     if block.last_migration_proc_id != dest:
         block.last_migration_proc_id = dest
         block.fault_migrations_to_last_proc = 0
-    thrashing = block.thrashing.pages if block.thrashing else 0
+    module, thrashing = block.range.va_space.module, block.thrashing.pages if block.thrashing else 0
     if not (block.resident[0] | block.resident[1]) and block.range.policy.preferred_location == dest:
         hint = block.all_pages
     else:
-        hint = _compute_prefetch_mask(block, dest, faulted, thrashing)
+        lead = min(-block.first % BIG_PAGES, block.pages)  # pages before the first 64 KiB boundary
+        hint = _compute_prefetch_mask(block.resident[dest], faulted, thrashing, block.pages, lead, module.prefetch_threshold)
     hint &= ~faulted & ~thrashing
     if dest == CPU:
         hint &= ~(block.resident[CPU] & block.mapped(CPU))
@@ -49,17 +52,16 @@ def uvm_perf_prefetch_prenotify_fault_migrations(block: VaBlock, thread: Thread,
     return hint
 
 
-def _compute_prefetch_mask(block: VaBlock, dest: int, faulted: int, thrashing: int) -> int:
+@lru_cache(maxsize=1 << 12)
+def _compute_prefetch_mask(resident: int, faulted: int, thrashing: int, pages: int, lead: int, threshold: int) -> int:
     """Grow faults to 64 KiB units, then take for each fault the highest node that is full enough."""
-    pages, thrashing = block.pages, thrashing & block.all_pages
-    lead = min(-block.first % BIG_PAGES, pages)  # pages before the first 64 KiB boundary
+    every = region(0, pages)
     # Shift the leaves so that big pages align with tree nodes, unless there is no big page at all.
     aligned = pages - lead >= BIG_PAGES
     offset = BIG_PAGES - lead if lead and aligned else 0
     units = _units(faulted << offset) & ~_units(thrashing << offset) if aligned else 0 if thrashing else -1
-    tree = (block.resident[dest] | faulted) << offset | units & block.all_pages << offset
+    tree = (resident | faulted) << offset | units & every << offset
     leaves = pages + offset
-    threshold = block.range.va_space.module.prefetch_threshold
     hint = 0
     todo = faulted & ~thrashing
     while todo:

@@ -68,7 +68,9 @@ def thrashing_notify_migration(block: VaBlock, thread: Thread, mask: int, dest: 
     if info is not None and info.page is not None:
         uvm_perf_event_notify_migration(block, thread, mask, dest, cause)
     elif cause == "fault" and not block.range.policy.read_duplication:
-        _block_event(block, thread, dest)
+        info = _block_event(block, thread, dest)
+        if info.page is not None:  # which it has from this event on
+            _count_events(block, thread, info, info.page, mask, dest, True)
 
 
 def thrashing_notify_revocation(block: VaBlock, thread: Thread, mask: int, loser: int) -> None:
@@ -350,8 +352,9 @@ def thrashing_reset_pages_in_region(block: VaBlock, thread: Thread, mask: int) -
 
 
 def _epoch_reset(block: VaBlock, thread: Thread, info: BlockThrashing) -> None:
+    assert info.page is not None
     for index in pages_of(info.pages):
-        thrashing_reset_page(block, thread, int(index))
+        thrashing_throttling_reset_page(block, thread, info.page, int(index))
     info.reset_count += 1
     info.page = None
     info.pages = 0

@@ -9,7 +9,6 @@ from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.perf_thrashing import PIN, THROTTLE, uvm_perf_thrashing_get_hint
 from kit.drivers.uvm.types import (
     ACCESS_NAMES,
-    ATOMIC_WEAK,
     GPU,
     PAGE,
     PREFETCH,
@@ -220,14 +219,9 @@ def _strongest(batch: FaultBatch, start: int, end: int) -> dict[int, int]:
 
 def _wanted(context: ServiceContext, block: VaBlock, strongest: dict[int, int]) -> None:
     """Sort faulting pages by the right that their strongest access needs."""
-    by_access: dict[int, list[int]] = {}
-    for page, access in strongest.items():
-        by_access.setdefault(access, []).append(page - block.first)
-    for access, pages in by_access.items():
-        mask = from_pages(pages)
+    for access in set(strongest.values()):
+        mask = from_pages([page - block.first for page, kind in strongest.items() if kind == access])
         context.wanted[NEEDED[access]] |= mask
-        if access >= ATOMIC_WEAK:
-            context.atomics_only |= mask
 
 
 def _thrashing_hints(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.drivers.uvm.fault_buffer import Column
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.types import PREFETCH, VaSpace
 from kit.memory.content import Content
@@ -32,16 +33,16 @@ class Misses:
     ``prefetches`` says that some may be prefetch instructions, which nobody waits for.
     """
 
-    page: NDArray[np.int64]
-    access: NDArray[np.int8]
-    utlb: NDArray[np.int32]
-    delay: NDArray[np.float64]
+    page: Column
+    access: Column
+    utlb: Column
+    delay: Column
     prefetches: bool = False
 
     def without_prefetches(self) -> Misses:
         """Return the others: where prefetches do not fault, they are dropped."""
-        keep = self.access != PREFETCH
-        return Misses(self.page[keep], self.access[keep], self.utlb[keep], self.delay[keep])
+        keep = np.asarray(self.access) != PREFETCH
+        return Misses(*(np.asarray(column)[keep] for column in (self.page, self.access, self.utlb, self.delay)))
 
 
 class Kernel(Protocol):
@@ -133,20 +134,36 @@ class StreamKernel:
 
     def advance(self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool) -> tuple[float, Misses | None]:
         """See `Kernel.advance`."""
-        spent, again = 0.0, self.waiting[:0]
+        missed: list[NDArray[np.int64]] = []
+        spent, again = 0.0, 0
         if retry and len(self.waiting):
-            hit = rights[self.slots[self.waiting]] >= self.need[self.waiting]
-            done = self.waiting[hit]
-            content.write(self.slots[done[self.need[done] > 1]])
-            spent += len(done) * (self.touch_us + self.pause_us)
-            again = self.waiting = self.waiting[~hit]
-        fresh: list[NDArray[np.int64]] = []
+            spent = self._retry(rights, content)
+            again = len(self.waiting)
+            if again:
+                missed.append(self.waiting)
         while self.position < len(self.slots) and len(self.waiting) < self.lanes and spent < horizon:
-            spent += self._run_window(rights, content, fresh)
-        if len(again) or not fresh:
-            fresh.insert(0, again)
-        missed = fresh[0] if len(fresh) == 1 else np.concatenate(fresh)
-        return spent, self._faults(missed, len(again), spent) if len(missed) else None
+            spent += self._run_window(rights, content, missed)
+        if not missed:
+            return spent, None
+        return spent, self._faults(missed[0] if len(missed) == 1 else np.concatenate(missed), again, spent)
+
+    def _retry(self, rights: NDArray[np.uint8], content: Content) -> float:
+        """Let stalled accesses try again; return the time of those that go through."""
+        if len(self.waiting) == 1:
+            return self._retry_one(int(self.waiting[0]), rights, content)
+        at = self.waiting
+        hit = rights[self.slots[at]] >= self.need[at]
+        done, self.waiting = (at, at[:0]) if hit.all() else (at[hit], at[~hit])
+        content.write(self.slots[done[self.need[done] > 1]])
+        return len(done) * (self.touch_us + self.pause_us)
+
+    def _retry_one(self, at: int, rights: NDArray[np.uint8], content: Content) -> float:
+        if rights[self.slots[at]] < self.need[at]:
+            return 0.0
+        if self.need[at] > 1:
+            content.write(self.slots[at : at + 1])
+        self.waiting = self.waiting[:0]
+        return self.touch_us + self.pause_us
 
     def _run_window(self, rights: NDArray[np.uint8], content: Content, fresh: list[NDArray[np.int64]]) -> float:
         """Touch the next window of the stream, up to as many misses as lanes are free; return the time."""
@@ -165,13 +182,15 @@ class StreamKernel:
             fresh.append(at)
             at = at if self.prefetch is None else at[~self.prefetch[at]]
             self.waiting = np.concatenate([self.waiting, at]) if len(self.waiting) else at
-        self._write(start, stop, miss if missed else None, content)
+        self._write(stop, start, miss if missed else None, content)
         self.position = stop
         return (stop - start - len(at)) * (self.touch_us + self.pause_us)
 
-    def _write(self, start: int, stop: int, miss: NDArray[np.bool_] | None, content: Content) -> None:
-        """Accesses [start, stop) have been made, less those that missed."""
+    def _write(self, stop: int, start: int, miss: NDArray[np.bool_] | None, content: Content) -> None:
+        """Accesses before `stop` have been made, less those that missed in the window from `start`."""
         first, self.written = self.written, int(self.write_at.searchsorted(stop))
+        if first == self.written:
+            return
         slots = self.write_slots[first : self.written]
         if miss is not None:
             slots = slots[~miss[self.write_at[first : self.written] - start]]
@@ -179,18 +198,23 @@ class StreamKernel:
 
     def _faults(self, missed: NDArray[np.int64], again: int, spent: float) -> Misses:
         """Merge misses of one uTLB on one page with the same access; those that tried again come first."""
-        utlb = ((missed % self.lanes) % self.utlbs).astype(np.int32)
+        prefetches = self.prefetch is not None
+        if len(missed) == 1:
+            at = int(missed[0])
+            page, access, utlb = int(self.pages[at]), int(self.access[at]), at % self.lanes % self.utlbs
+            return Misses([page], [access], [utlb], [0.0 if again else spent], prefetches)
+        utlbs, pages = (missed % self.lanes) % self.utlbs, self.pages[missed]
         delay = np.zeros(len(missed))
         delay[again:] = spent
-        if len(missed) == 1:
-            return Misses(self.pages[missed], self.access[missed], utlb, delay, self.prefetch is not None)
-        key = (self.pages[missed] * self.utlbs + utlb) * 8 + self.access[missed]
+        if (pages[1:] > pages[:-1]).all():  # each page once: nothing to merge
+            return Misses(pages, self.access[missed], utlbs, delay, prefetches)
+        key = (pages * self.utlbs + utlbs) * 8 + self.access[missed]
         order = np.argsort(key, kind="stable")
         head = np.ones(len(order), dtype=bool)
         head[1:] = key[order][1:] != key[order][:-1]
         first = np.sort(order[head])
         keep = missed[first]
-        return Misses(self.pages[keep], self.access[keep], utlb[first], delay[first], self.prefetch is not None)
+        return Misses(self.pages[keep], self.access[keep], utlbs[first], delay[first], prefetches)
 
     def cancel(self, pages: set[int], everything: bool) -> bool:
         """See `Kernel.cancel`."""
@@ -221,7 +245,7 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
         retry, replays = replays != gpu.replays, gpu.replays
         quiet = alone and not kernel.stalled and gpu.fault_buffer.get == gpu.fault_buffer.put
         horizon = FOREVER if quiet else HORIZON
-        spent, misses = kernel.advance(gpu.table.rights.reshape(-1), va_space.content, horizon, retry)
+        spent, misses = kernel.advance(gpu.table.rights, va_space.content, horizon, retry)
         if misses is not None:
             _fault(gpu, misses)
         if spent:
@@ -242,6 +266,10 @@ def _fault(gpu: Gpu, misses: Misses) -> None:
     """Write misses into the fault buffer as they arrive, one entry after the other."""
     if misses.prefetches and not gpu.prefetch_faults_enabled:
         misses = misses.without_prefetches()
-    arrival = np.maximum(gpu.engine.now + misses.delay, gpu.fault_buffer.last_time)
-    arrival += gpu.costs.fault_interval * np.arange(1, len(arrival) + 1)
+    now, last, interval = gpu.engine.now, gpu.fault_buffer.last_time, gpu.costs.fault_interval
+    arrival: Column
+    if len(misses.page) == 1:
+        arrival = [max(now + misses.delay[0], last) + interval]
+    else:
+        arrival = np.maximum(now + np.asarray(misses.delay), last) + interval * np.arange(1, len(misses.delay) + 1)
     gpu.fault_buffer.write(arrival, misses.page, misses.access, misses.utlb)

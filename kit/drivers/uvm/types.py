@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.content import Content
-from kit.memory.pagemask import from_pages, region
+from kit.memory.pagemask import from_bools, region
 from kit.sim.engine import Engine, Lock
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class VaBlock:
 
     def populated(self, processor: int) -> int:
         """Return the mask of pages for which memory is held at `processor`."""
-        return from_pages(np.flatnonzero(self.frames[processor] >= 0))
+        return from_bools(self.frames[processor] >= 0)
 
 
 class VaSpace:
@@ -156,6 +156,13 @@ class VaSpace:
         """Return the managed range that holds virtual page `page`, or None (uvm_va_range_find)."""
         index = bisect_right(self.ranges, page, key=lambda r: r.first) - 1
         return self.ranges[index] if index >= 0 and page < self.ranges[index].end else None
+
+    def slots(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the GPU page table's slot of each page; within one range that is an addition."""
+        home = self.find(int(pages[0]))
+        if home is not None and home.first <= pages.min() and pages.max() < home.end:
+            return pages + (home.slot - home.first)
+        return self.gpu.table.walk(pages)
 
     def accessible(self, processor: int, location: int) -> bool:
         """Whether `processor` can map memory at `location`: over PCIe a GPU reaches system memory, not the reverse."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -184,6 +185,9 @@ def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: int) -> Non
     while todo:
         at = first_page(todo)
         first, count, each = _cpu_chunk(block, sizes, at, held, todo)
+        while count > va_space.host.capacity - va_space.host.used and "+" in sizes:
+            sizes = sizes.rpartition("+")[0]  # no chunk of that size is left: a smaller one
+            first, count, each = _cpu_chunk(block, sizes, at, held, todo)
         frame = va_space.host.alloc(count)
         if region(first, count) & ~(block.resident[CPU] | block.resident[GPU]):
             va_space.host.zero(slice(frame, frame + count))
@@ -347,32 +351,26 @@ def block_copy_resident_pages_between(
     if not mask:
         return
     cause = TOOLS_CAUSE[context.cause]
-    records = [(first, count, cause) for first, count in runs(mask & ~prefetched)]
+    copies = [(block.first + first, count, cause) for first, count in runs(mask & ~prefetched)]
     if mask & prefetched:
-        records += [(first, count, "prefetch") for first, count in runs(mask & prefetched)]
-        records.sort()
+        copies += [(block.first + first, count, "prefetch") for first, count in runs(mask & prefetched)]
+        copies.sort()
     curve, channel, actor = (
         (gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD") if dest == GPU else (gpu.copy_dtoh, gpu.gpu_to_cpu, "copy DtoH")
     )
-    durations = [curve(count * PAGE) for _, count, _ in records]
-    # One command a record when both sides hold the block in a single chunk, else one a page (section 7.1).
+    durations = [curve(count * PAGE) for _, count, _ in copies]
+    # One command a copy when both sides hold the block in a single chunk, else one a page (section 7.1).
     whole = block.whole and 0 in block.cpu_chunks and block.cpu_chunks[0][2] == BLOCK_PAGES
-    commands = len(records) if whole else mask.bit_count()
-    thread.charge(gpu.costs.push + commands * gpu.costs.copy_command)
-    thread.note(va=block.va, pages=mask.bit_count(), bytes=mask.bit_count() * PAGE, cause=cause)
-    at, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
+    pages = mask.bit_count()
+    thread.charge(gpu.costs.push + (len(copies) if whole else pages) * gpu.costs.copy_command)
+    thread.note(va=block.va, pages=pages, bytes=pages * PAGE, cause=cause)
+    start, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
+    times = list(accumulate(durations, initial=start))
+    src, dst = 1 << source, 1 << dest
+    trace.copied("UvmEventTypeMigration", actor, thread.row, times, copies, src, src if duplicate else dst)
     pools, moved = (va_space.host, gpu.frames), selection(mask, block.pages)
     pools[dest].payload[block.frames_at(dest, moved)] = pools[source].payload[block.frames_at(source, moved)]
-    for (first, count, why), duration in zip(records, durations, strict=True):
-        end = at + duration
-        trace.span(
-            "UvmEventTypeMigration", actor, at, end, parent=thread.row, va=block.va + first * PAGE, pages=count,
-            bytes=count * PAGE, cause=why,
-        )  # fmt: skip
-        if not duplicate:
-            trace.move(at, end, block.first + first, count, 1 << source, 1 << dest, why)
-        at = end
-    context.did_copy, context.copies_end = True, at
+    context.did_copy, context.copies_end = True, times[-1]
     context.pages_changed_residency |= mask
     context.pages_copied |= mask
     if dest == CPU:

@@ -36,7 +36,6 @@ class ServiceContext:
     num_retries: int = 0
     faulted: int = 0
     wanted: dict[int, int] = field(default_factory=lambda: {READ_ONLY: 0, READ_WRITE: 0, READ_WRITE_ATOMIC: 0})
-    atomics_only: int = 0
     new_residency: dict[int, int] = field(default_factory=dict)
     read_duplicate: int = 0
     pinned: dict[int, int] = field(default_factory=dict)
@@ -45,7 +44,7 @@ class ServiceContext:
 
     def reset(self) -> None:
         """Start the operation again, keeping what the retry holds."""
-        self.faulted = self.atomics_only = self.read_duplicate = self.prefetched = 0
+        self.faulted = self.read_duplicate = self.prefetched = 0
         self.wanted = {READ_ONLY: 0, READ_WRITE: 0, READ_WRITE_ATOMIC: 0}
         self.new_residency, self.pinned = {}, {}
 
@@ -61,7 +60,7 @@ def uvm_va_block_select_residency(block: VaBlock, thread: Thread, context: Servi
 
 @step
 def block_select_processor_residency(block: VaBlock, thread: Thread, context: ServiceContext, processor: int) -> None:
-    """First rule that matches decides (uvm_va_block.c; rules about HMM and other processes' mm do not arise here)."""
+    """First rule that matches decides (uvm_va_block.c; rules about HMM, native atomics and other processes do not arise over PCIe)."""
     va_space, policy = block.range.va_space, block.range.policy
     todo = context.faulted
     chosen = {CPU: 0, GPU: 0}
@@ -95,8 +94,6 @@ def block_select_processor_residency(block: VaBlock, thread: Thread, context: Se
         choose(processor, block.resident[processor])
         if va_space.accessible(processor, other):
             choose(other, elsewhere)
-    if va_space.module.map_remote_on_native_atomics_fault and processor == GPU and va_space.native_atomics(GPU, other):
-        choose(other, elsewhere & context.atomics_only)
     if preferred is not None and reachable:
         choose(preferred, elsewhere)
     choose(processor, todo)

@@ -6,12 +6,10 @@ import errno
 
 from kit.drivers.uvm.perf_thrashing import PIN, THROTTLE, uvm_perf_thrashing_get_hint
 from kit.drivers.uvm.types import (
-    ATOMIC_STRONG,
     BLOCK_PAGES,
     CPU,
     GPU,
     PAGE,
-    READ,
     READ_ONLY,
     READ_WRITE_ATOMIC,
     MoreProcessingRequired,
@@ -156,10 +154,8 @@ def block_cpu_fault_locked(block: VaBlock, thread: Thread, context: ServiceConte
         return hint.end
     if hint.type == PIN:
         context.pinned[index] = hint.residency
-    access = ATOMIC_STRONG if write else READ
     context.faulted = 1 << index
     context.wanted[READ_WRITE_ATOMIC if write else READ_ONLY] = 1 << index
-    context.atomics_only = (1 << index) if access == ATOMIC_STRONG else 0
     uvm_va_block_select_residency(block, thread, context, CPU)
     yield from uvm_va_block_service_locked(block, thread, context, CPU)
     return None

@@ -139,6 +139,10 @@ class CudaParameters(_DriverPolicy):
         0, "bytes past the buffer's end at which the kernel makes one illegal access, 0: none",
         programs=("three_lines", "unit_touch", "stream"), unit="B", ge=0,
     )  # fmt: skip
+    prefetch_ahead_bytes: int = parameter(
+        0, "every touch is preceded by a prefetch instruction so far ahead of it, 0: none", programs=("stream",), unit="B", ge=0,
+        le=1 << 40,
+    )  # fmt: skip
     # memory
     range_bytes: int = parameter(
         0,

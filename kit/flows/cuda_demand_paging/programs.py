@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.grid import GridKernel, Shape
 from kit.drivers.uvm.sm import Kernel, StreamKernel
-from kit.drivers.uvm.types import READ, REQUIRED_PROT, WRITE
+from kit.drivers.uvm.types import PREFETCH, READ, REQUIRED_PROT, WRITE
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
 from kit.flows.cuda_demand_paging.traces import AccessTrace, read_trace, shipped_trace
 from kit.flows.run import Allocation
@@ -95,11 +95,14 @@ def interleave(columns: list[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 
 def stream_kernel(
-    name: str, accesses: Accesses, base: int, gpu: Gpu, lanes: int, pause_us: float = 0.0
+    name: str, accesses: Accesses, base: int, gpu: Gpu, lanes: int, pause_us: float = 0.0, ahead: int = 0
 ) -> StreamKernel:
-    """Make a kernel of a list of accesses."""
+    """Make a kernel of a list of accesses, each after a prefetch instruction `ahead` pages on (0: none)."""
     pages = accesses.page + base
     kind = np.where(accesses.write, WRITE, READ).astype(np.int8)
+    if ahead:
+        pages, kind = np.stack([pages + ahead, pages], 1), np.stack([np.full_like(kind, PREFETCH), kind], 1)
+        pages, kind = pages.reshape(-1), kind.reshape(-1)
     capacity = int(gpu.machine["misses_per_sm"] * gpu.machine["sms"])
     slots = gpu.table.walk(pages).astype(np.int64)
     return StreamKernel(
@@ -267,7 +270,8 @@ class Stream(Program):
         """The stream, as often as asked."""
         p, base = self.parameters, arrays[0].va // PAGE
         accesses = _with_stray(self.accesses(), p)
-        return [stream_kernel("stream(char*)", accesses, base, gpu, p.lanes) for _ in range(p.repeats)]
+        ahead = -(-p.prefetch_ahead_bytes // PAGE)
+        return [stream_kernel("stream(char*)", accesses, base, gpu, p.lanes, ahead=ahead) for _ in range(p.repeats)]
 
     def during_kernel(self, arrays: list[Allocation]) -> Accesses:
         """The CPU's share of the same pages, writing as often as the GPU does."""

@@ -48,11 +48,9 @@ def integrity(va_space: VaSpace) -> Integrity:
 def metrics(session: Session, conformance: Conformance, checked: Integrity) -> dict[str, float]:
     """Return flat names and numbers, all derived from the trace but the memory gauges."""
     trace, gpu = session.engine.trace, session.gpu
-    spans = trace.spans.array()
-    columns = {name: at for at, name in enumerate(trace.spans.columns)}
-    step, nbytes = spans[:, columns["step"]], spans[:, columns["bytes"]]
-    duration = spans[:, columns["end"]] - spans[:, columns["start"]]
-    actor, cause = spans[:, columns["actor"]], spans[:, columns["cause"]]
+    column = trace.spans.column
+    step, nbytes, actor, cause = column("step"), column("bytes"), column("actor"), column("cause")
+    duration = column("end") - column("start")
 
     def of(name: str) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         return np.asarray(step == trace.steps.ids.get(name, -1))
@@ -75,7 +73,7 @@ def metrics(session: Session, conformance: Conformance, checked: Integrity) -> d
     groups = of("UvmEventTypeGpuFault")
     found["cpu_faults"] = int(of("UvmEventTypeCpuFault").sum())
     found["gpu_fault_groups"], found["gpu_fault_us"] = int(groups.sum()), float(duration[groups].sum())
-    found["gpu_faulting_pages"] = int(spans[groups, columns["pages"]].sum())
+    found["gpu_faulting_pages"] = int(column("pages")[groups].sum())
     found["replays"], found["evictions"] = int(of("UvmEventTypeGpuFaultReplay").sum()), gpu.pmm.evictions
     found["faults_dropped"] = gpu.fault_buffer.dropped
     for name, event in (

@@ -220,7 +220,7 @@ class Session:
 
     def _wrote(self, pages: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         if len(pages):
-            self.va_space.content.write(self.gpu.table.walk(pages))
+            self.va_space.content.write(self.va_space.slots(pages))
 
     def _kernels(self) -> Wait:
         p, cpu = self.parameters, self.cpu

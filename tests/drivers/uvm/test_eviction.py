@@ -163,6 +163,19 @@ def test_no_host_memory_for_the_victim_is_out_of_memory_and_loses_nothing(sizes:
     h.check()
 
 
+@pytest.mark.parametrize("sizes", ["4K+64K+2M", "4K+2M", "4K+64K"])
+def test_host_memory_that_is_nearly_full_is_populated_in_smaller_chunks(sizes: str) -> None:
+    h = Harness(host_pages=600, cpu_chunk_allocation_sizes=sizes)
+    one, two = h.allocate(512), h.allocate(512)
+    h.touch(pages(one, range(512)))
+    h.touch(pages(two, [0, 20, 40]))
+    h.check()
+    with pytest.raises(DriverError, match="host memory has no") as error:
+        h.touch(pages(two, range(512)))
+    assert error.value.errno == 12
+    h.check()
+
+
 def test_memory_freed_while_its_chunk_is_being_evicted_has_one_owner() -> None:
     h, ranges = filled(1, 2)
     h.kernel(pages(ranges[0], range(512)))

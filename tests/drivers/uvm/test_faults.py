@@ -114,7 +114,7 @@ def test_no_batch_is_larger_than_asked_and_the_rest_faults_again(count: int) -> 
     assert max(raw for _, raw in batches(h)) == min(count, 300)
     assert h.where(r) == "G" * 300 + "." * 212
     assert len(batches(h)) == -(-300 // count)
-    assert [int(s["value"]) for s in h.spans("fault_buffer_flush_locked")][0] == 300 - min(count, 300)
+    assert int(h.spans("fault_buffer_flush_locked")[0]["value"]) == 300 - min(count, 300)
     h.check()
 
 

@@ -6,7 +6,18 @@ import pytest
 from drivers.uvm.harness import Harness, pages
 
 from kit.drivers.uvm.perf_thrashing import BlockThrashing, PageThrashing
-from kit.drivers.uvm.types import ATOMIC_STRONG, CPU, GPU, READ, READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC, WRITE, VaBlock, VaRange
+from kit.drivers.uvm.types import (
+    ATOMIC_STRONG,
+    CPU,
+    GPU,
+    READ,
+    READ_ONLY,
+    READ_WRITE,
+    READ_WRITE_ATOMIC,
+    WRITE,
+    VaBlock,
+    VaRange,
+)
 from kit.errors import DriverError
 from kit.memory.pagemask import region
 

@@ -152,6 +152,6 @@ class Driver(RuleBasedStateMachine):
 
 TestDriver = Driver.TestCase
 TestDriver.settings = settings(
-    max_examples=80, stateful_step_count=16, deadline=None, derandomize=True, phases=[Phase.generate, Phase.shrink],
+    max_examples=150, stateful_step_count=16, deadline=None, derandomize=True, phases=[Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )  # fmt: skip
