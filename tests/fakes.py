@@ -56,7 +56,11 @@ class FakeFlow:
         if progress is not None:
             progress(0.5, "half")
             progress(1.0, "done")
-        metrics = {"simulated_us": 1500.0 * parameters.size, "faults": parameters.events, "bytes_moved": parameters.size}
+        metrics = {
+            "simulated_us": 1500.0 * parameters.size,
+            "faults": parameters.events,
+            "bytes_moved": parameters.size,
+        }
         steps = Conformance(["a", "b"], 3, ["a calls c"] * parameters.strays, {"c": "never"})
         return Run(
             self.name, scenario, parameters.model_dump(), metrics, trace, steps, Integrity(7, parameters.lost),
@@ -72,7 +76,7 @@ NOTEBOOK_CELLS = {
     "parameters": "size = 4096\nbroken = False\nlost = 0\nresult_path = ''",
     "check": "if broken:\n    raise ValueError('the driver\\nfails')",
     "figure": "from IPython.display import HTML, display\n"
-    f"display(HTML('<figure><img alt=\"a &lt;map&gt;\" src=\"data:image/png;base64,{base64.b64encode(PIXEL).decode()}\"></figure>'))",
+    f'display(HTML(\'<figure><img alt="a &lt;map&gt;" src="data:image/png;base64,{base64.b64encode(PIXEL).decode()}"></figure>\'))',
     "result": "import json, pathlib\n"
     "result = {'flow': 'fake_flow', 'parameters': {}, 'metrics': {'simulated_us': 2500000.0, 'faults': 3, 'bytes_moved': size},\n"
     "  'conformance': {'steps_reached': ['a', 'b'], 'steps_documented': 3, 'violations': []},\n"
@@ -92,7 +96,9 @@ def install(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     (scenarios / "broken.yaml").write_text("broken: true\n")
     cells = [nbformat.v4.new_markdown_cell("# A flow that does nothing\n\nMathematics: $x^2$")]
     for name, source in NOTEBOOK_CELLS.items():
-        cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]} if name == "parameters" else {}))
+        cells.append(
+            nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]} if name == "parameters" else {})
+        )
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), notebooks / "fake_flow.ipynb")
     monkeypatch.setattr(paths, "root", lambda: root)

@@ -64,7 +64,10 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
     assert cli.main(arguments) == 0
     assert json.loads(json_file.read_text())["metrics"]["bytes_moved"] == 8192
     rows = list(csv.DictReader(events.open()))
-    assert [(row["kind"], row["address"]) for row in rows] == [("CPU_PAGE_FAULT_COUNT", "0"), ("CPU_PAGE_FAULT_COUNT", "4096")]
+    assert [(row["kind"], row["address"]) for row in rows] == [
+        ("CPU_PAGE_FAULT_COUNT", "0"),
+        ("CPU_PAGE_FAULT_COUNT", "4096"),
+    ]
     first = json_file.read_bytes(), events.read_bytes()
     assert cli.main(arguments) == 0
     assert (json_file.read_bytes(), events.read_bytes()) == first
@@ -176,7 +179,12 @@ def test_sweep_writes_one_row_a_combination(tmp_path: Path) -> None:
                  "--out", str(out)]  # fmt: skip
     assert cli.main(arguments) == 0
     rows = list(csv.DictReader((out / "sweep.csv").open()))
-    assert [(row["size"], row["units"]) for row in rows] == [("1", "[1, 2]"), ("1", "[3]"), ("2", "[1, 2]"), ("2", "[3]")]
+    assert [(row["size"], row["units"]) for row in rows] == [
+        ("1", "[1, 2]"),
+        ("1", "[3]"),
+        ("2", "[1, 2]"),
+        ("2", "[3]"),
+    ]
     assert [float(row["simulated_us"]) for row in rows] == [1500, 1500, 3000, 3000]
     assert left(out) == ["sweep.csv"]
 
@@ -234,7 +242,9 @@ def test_the_module_runs_as_a_program() -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    code = "from kit import cli, commands; commands.COMMANDS['lab'] = lambda o: print('x' * 1_000_000); cli.main(['lab'])"
+    code = (
+        "from kit import cli, commands; commands.COMMANDS['lab'] = lambda o: print('x' * 1_000_000); cli.main(['lab'])"
+    )
     done = subprocess.run(
         ["bash", "-c", f'{sys.executable} -c "{code}" | true'], capture_output=True, text=True, check=False
     )

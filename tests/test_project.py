@@ -132,7 +132,9 @@ def test_a_wheel_carries_notebooks_and_scenarios(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     for folder in ("notebooks", "scenarios"):
-        there = {str(f.relative_to(ROOT)) for f in (ROOT / folder).rglob("*") if f.suffix in (".ipynb", ".yaml", ".json")}
+        there = {
+            str(f.relative_to(ROOT)) for f in (ROOT / folder).rglob("*") if f.suffix in (".ipynb", ".yaml", ".json")
+        }
         there = {name for name in there if ".ipynb_checkpoints" not in name}
         base = tmp_path / "installed" / "kit" / "_data"
         assert there <= {str(f.relative_to(base)) for f in (base / folder).rglob("*")}

@@ -43,7 +43,11 @@ def differences(result: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
     found = pinned(result)
     flat = {**{k: v for k, v in found.items() if k != "metrics"}, **found["metrics"]}
     held = {**{k: v for k, v in expected.items() if k != "metrics"}, **expected["metrics"]}
-    return [f"{key}: {flat.get(key)!r}, expected {held.get(key)!r}" for key in sorted({*flat, *held}) if flat.get(key) != held.get(key)]
+    return [
+        f"{key}: {flat.get(key)!r}, expected {held.get(key)!r}"
+        for key in sorted({*flat, *held})
+        if flat.get(key) != held.get(key)
+    ]
 
 
 def load(flow: str) -> dict[str, Any]:

@@ -169,7 +169,8 @@ class Trace:
         self.moves.rows.extend(_pack_move(start, end, first_page, pages, src, dst, self.causes(cause)))
 
     def copied(
-        self, step: str, actor: str, parent: int, times: list[float], copies: list[tuple[int, int, str]], src: int, dst: int
+        self, step: str, actor: str, parent: int, times: list[float], copies: list[tuple[int, int, str]], src: int,
+        dst: int,
     ) -> None:  # fmt: skip
         """Append a finished span and a move for each of several runs of pages, copied one after the other.
 

@@ -22,7 +22,9 @@ def test_geometries_are_the_documented_ones(name: str, bits: int, levels: int) -
 @settings(max_examples=40)
 @given(
     operations=st.lists(
-        st.tuples(st.sampled_from(["map", "unmap", "protect"]), st.integers(0, 1400), st.integers(1, 99), st.integers(1, 3))
+        st.tuples(
+            st.sampled_from(["map", "unmap", "protect"]), st.integers(0, 1400), st.integers(1, 99), st.integers(1, 3)
+        )
     )
 )
 def test_it_translates_like_a_dictionary(name: str, operations: list[tuple[str, int, int, int]]) -> None:

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from kit.sim.engine import Engine, Lock, Thread, Wait
 
 
-def visitor(engine: Engine, lock: Lock, name: str, arrive: float, holds: list[float], log: list[tuple[str, float, float]]) -> Wait:
+def visitor(
+    engine: Engine, lock: Lock, name: str, arrive: float, holds: list[float], log: list[tuple[str, float, float]]
+) -> Wait:
     """Take the lock as often as `holds` says, without a pause in between."""
     thread = engine.thread(name)
     thread.charge(arrive)
@@ -33,7 +35,9 @@ def test_who_waits_comes_before_who_takes_it_again_at_once() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 20), st.lists(st.integers(0, 5), min_size=1, max_size=3)), min_size=1, max_size=8))
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.lists(st.integers(0, 5), min_size=1, max_size=3)), min_size=1, max_size=8)
+)
 def test_a_lock_is_held_by_one_at_a_time_and_nobody_starves(visitors: list[tuple[int, list[int]]]) -> None:
     engine, lock, log = Engine(), Lock(), []
     for number, (arrive, holds) in enumerate(visitors):

@@ -13,7 +13,7 @@ __all__ = ["cancel_fault_batch", "cancel_faults_precise"]
 
 @waiting_step
 def cancel_faults_precise(gpu: Gpu, thread: Thread, batch: FaultBatch) -> Wait:
-    """Cancel exactly the fatal faults: by address on Volta and later, by uTLB on Pascal (uvm_gpu_replayable_faults.c)."""
+    """Cancel exactly the fatal faults: by address since Volta, by uTLB on Pascal (uvm_gpu_replayable_faults.c)."""
     if gpu.hal.cancel_by_address:
         yield from service_fault_batch_for_cancel(gpu, thread)
     else:
@@ -164,5 +164,12 @@ def _refault(gpu: Gpu, thread: Thread) -> Wait:
 
 def _record_fatal(thread: Thread, page: int, reason: str) -> None:
     thread.engine.trace.span(
-        "UvmEventTypeFatalFault", "gpu", thread.now, thread.now, parent=thread.row, va=page * PAGE, pages=1, cause=reason
+        "UvmEventTypeFatalFault",
+        "gpu",
+        thread.now,
+        thread.now,
+        parent=thread.row,
+        va=page * PAGE,
+        pages=1,
+        cause=reason,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class FaultBuffer:
                 break
             start = 0
         self.advance(self.get + count)
-        return parts[0] if len(parts) == 1 else [sum(column, []) for column in zip(*parts, strict=True)]
+        return parts[0] if len(parts) == 1 else [list(chain(*column)) for column in zip(*parts, strict=True)]
 
     def advance(self, get: int) -> None:
         """Write GET, and by a second write clear OVERFLOW."""

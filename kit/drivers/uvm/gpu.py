@@ -93,7 +93,9 @@ class Gpu:
             raise ParameterError("architecture", machine.architecture, "one of " + ", ".join(FAMILIES))
         roots = memory_bytes // (BLOCK_PAGES * 4096)
         if roots < 1:
-            raise ParameterError("gpu_memory_bytes", memory_bytes, f"at least {BLOCK_PAGES * 4096} (one 2 MiB root chunk)")
+            raise ParameterError(
+                "gpu_memory_bytes", memory_bytes, f"at least {BLOCK_PAGES * 4096} (one 2 MiB root chunk)"
+            )
         self.engine, self.machine, self.module = engine, machine, module
         self.hal = FAMILIES[machine.architecture]
         self.costs = SimpleNamespace(**{name: machine[name] for name in COSTS})

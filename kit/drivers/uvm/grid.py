@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,7 @@ class GridKernel:
     """
 
     def __init__(
-        self, name: str, shape: Shape, table: PageTable, machine: Machine, costs: object, late: tuple[int, ...] = (),
+        self, name: str, shape: Shape, table: PageTable, machine: Machine, costs: SimpleNamespace, late: tuple[int, ...] = (),
         seed: int = 0,
     ) -> None:  # fmt: skip
         self.rng, self.spread = np.random.default_rng([seed, 2]), float(machine["warp_spread"])
@@ -81,11 +82,13 @@ class GridKernel:
         self.bytes = shape.n * ELEMENT
         self.warps = min(self.warps, -(-self.bytes // self.span))
         self.fold = max(1, 4096 // self.stride) if 4096 % self.stride == 0 else 1
-        per_sm = max(1, min(int(machine["max_ctas_per_sm"]), int(machine["max_threads_per_sm"]) // max(shape.block, WARP)))
+        per_sm = max(
+            1, min(int(machine["max_ctas_per_sm"]), int(machine["max_threads_per_sm"]) // max(shape.block, WARP))
+        )
         self.sms, self.utlbs = int(machine["sms"]), int(machine["tpcs"])
         self.slots_in_flight = min(self.warps, self.sms * per_sm * self.warps_per_cta)
         self.merge_load, self.merge_store = int(machine["load_merge_warps"]), int(machine["store_merge_warps"])
-        hit, miss = float(costs.thread_hit), float(costs.thread_miss)  # type: ignore[attr-defined]
+        hit, miss = float(costs.thread_hit), float(costs.thread_miss)
         lines = max(1.0, self.fold * self.span / LINE) if self.fold > 1 else 1.0
         self.step_us = self.fold * hit + lines * (miss - hit)
         self.bandwidth = float(machine["memory_bandwidth"])  # bytes in a microsecond
@@ -116,7 +119,9 @@ class GridKernel:
         """Every warp has ended."""
         return not self.alive.any()
 
-    def advance(self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool) -> tuple[float, Misses | None]:
+    def advance(
+        self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool
+    ) -> tuple[float, Misses | None]:
         """See `kit.drivers.uvm.sm.Kernel.advance`."""
         spent = 0.0
         found: list[Stall] = []
@@ -172,14 +177,21 @@ class GridKernel:
         return found
 
     def _granted(
-        self, rights: NDArray[np.uint8], offset: NDArray[np.int64], inside: NDArray[np.bool_], arrays: tuple[int, ...], need: int
+        self,
+        rights: NDArray[np.uint8],
+        offset: NDArray[np.int64],
+        inside: NDArray[np.bool_],
+        arrays: tuple[int, ...],
+        need: int,
     ) -> NDArray[np.bool_]:
         granted = inside.copy()
         for address in arrays:
             granted &= rights[self._slots(address, offset)] >= need
         return granted
 
-    def _write(self, content: Content, offset: NDArray[np.int64], inside: NDArray[np.bool_], stop: NDArray[np.int64]) -> None:
+    def _write(
+        self, content: Content, offset: NDArray[np.int64], inside: NDArray[np.bool_], stop: NDArray[np.int64]
+    ) -> None:
         ran = inside & (np.arange(offset.shape[1])[None, :] < stop[:, None])
         for address in self.shape.writes:
             content.write(self._slots(address, offset[ran]))

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from kit.drivers.uvm.types import CPU, GPU, READ_ONLY, READ_WRITE_ATOMIC, MoreProcessingRequired, VaBlock, VaRange, VaSpace
+from kit.drivers.uvm.types import (
+    CPU,
+    GPU,
+    READ_ONLY,
+    READ_WRITE_ATOMIC,
+    MoreProcessingRequired,
+    VaBlock,
+    VaRange,
+    VaSpace,
+)
 from kit.drivers.uvm.va_block_map import uvm_va_block_add_mappings_after_migration, uvm_va_block_map
 from kit.drivers.uvm.va_block_residency import (
     BlockContext,
@@ -56,7 +65,9 @@ def uvm_migrate_ranges(
 
 
 @waiting_step
-def uvm_va_range_migrate(va_range: VaRange, thread: Thread, low: int, high: int, destination: int, map_pages: bool) -> Wait:
+def uvm_va_range_migrate(
+    va_range: VaRange, thread: Thread, low: int, high: int, destination: int, map_pages: bool
+) -> Wait:
     """One range (uvm_migrate.c)."""
     return (yield from uvm_va_range_migrate_multi_block(va_range, thread, low, high, destination, map_pages))
 
@@ -72,7 +83,9 @@ def uvm_va_range_migrate_multi_block(
         block = uvm_va_range_block_create(va_range, thread, page)
         last = min(high, block.first + block.pages)
         mask = region(page - block.first, last - page)
-        migrate = partial(uvm_va_block_migrate_locked, block, thread, mask=mask, destination=destination, map_pages=map_pages)
+        migrate = partial(
+            uvm_va_block_migrate_locked, block, thread, mask=mask, destination=destination, map_pages=map_pages
+        )
         yield from block_operation(block, thread, migrate)
         end = max(end, block.tracker)
         page = last
@@ -133,7 +146,9 @@ def block_migrate_map_unmapped_pages(block: VaBlock, thread: Thread, mask: int, 
 
 
 @step
-def uvm_va_block_migrate_map_mapped_pages(block: VaBlock, thread: Thread, mask: int, duplicated: int, destination: int) -> None:
+def uvm_va_block_migrate_map_mapped_pages(
+    block: VaBlock, thread: Thread, mask: int, duplicated: int, destination: int
+) -> None:
     """The highest right that needs no revocation (uvm_migrate.c)."""
     other = 1 - destination
     contested = block.pte[other][READ_WRITE_ATOMIC] | duplicated

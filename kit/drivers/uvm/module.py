@@ -8,7 +8,9 @@ from typing import Any
 __all__ = ["ModuleParameters"]
 
 
-def _parameter(default: Any, documented: str, help: str, *, unit: str = "", choices: tuple[Any, ...] = (), **bounds: Any) -> Any:
+def _parameter(
+    default: Any, documented: str, help: str, *, unit: str = "", choices: tuple[Any, ...] = (), **bounds: Any
+) -> Any:
     facts = {"documented": documented, "help": help, "unit": unit, "choices": choices, "bounds": bounds}
     return field(default=default, metadata=facts)
 
@@ -23,7 +25,12 @@ class ModuleParameters:
 
     prefetch_enable: bool = _parameter(True, "uvm_perf_prefetch_enable", "tree prefetch")
     prefetch_threshold: int = _parameter(
-        51, "uvm_perf_prefetch_threshold", "share of a tree node above which it is fetched whole", unit="%", ge=1, le=100
+        51,
+        "uvm_perf_prefetch_threshold",
+        "share of a tree node above which it is fetched whole",
+        unit="%",
+        ge=1,
+        le=100,
     )
     prefetch_min_faults: int = _parameter(
         1, "uvm_perf_prefetch_min_faults", "faults on a block before prefetch acts", ge=1, le=20
@@ -50,7 +57,9 @@ class ModuleParameters:
         unit="ms", ge=0,
     )  # fmt: skip
     force_prefetch_fault_support: bool = _parameter(
-        False, "uvm_force_prefetch_fault_support", "let prefetch instructions fault on GPUs where they do not by default"
+        False,
+        "uvm_force_prefetch_fault_support",
+        "let prefetch instructions fault on GPUs where they do not by default",
     )
     thrashing_enable: bool = _parameter(True, "uvm_perf_thrashing_enable", "thrashing detection")
     thrashing_threshold: int = _parameter(

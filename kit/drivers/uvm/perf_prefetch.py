@@ -44,7 +44,9 @@ def uvm_perf_prefetch_prenotify_fault_migrations(block: VaBlock, thread: Thread,
         hint = block.all_pages
     else:
         lead = min(-block.first % BIG_PAGES, block.pages)  # pages before the first 64 KiB boundary
-        hint = _compute_prefetch_mask(block.resident[dest], faulted, thrashing, block.pages, lead, module.prefetch_threshold)
+        hint = _compute_prefetch_mask(
+            block.resident[dest], faulted, thrashing, block.pages, lead, module.prefetch_threshold
+        )
     hint &= ~faulted & ~thrashing
     if dest == CPU:
         hint &= ~(block.resident[CPU] & block.mapped(CPU))

@@ -131,7 +131,13 @@ def _moving_to_pin(block: VaBlock, mask: int, dest: int) -> int:
 
 
 def _count_events(
-    block: VaBlock, thread: Thread, info: BlockThrashing, page: PageThrashing, mask: int, processor: int, migration: bool
+    block: VaBlock,
+    thread: Thread,
+    info: BlockThrashing,
+    page: PageThrashing,
+    mask: int,
+    processor: int,
+    migration: bool,
 ) -> None:
     module, now = block.range.va_space.module, thread.now
     threshold = module.thrashing_threshold
@@ -257,7 +263,9 @@ def thrashing_throttle_processor(block: VaBlock, thread: Thread, index: int, pro
 
 
 @step
-def thrashing_throttle_end_processor(block: VaBlock, thread: Thread, page: PageThrashing, index: int, processor: int) -> None:
+def thrashing_throttle_end_processor(
+    block: VaBlock, thread: Thread, page: PageThrashing, index: int, processor: int
+) -> None:
     page.throttled[index] &= ~(1 << processor)
     if not page.throttled[index]:
         page.throttle_end[index] = 0
@@ -299,7 +307,12 @@ def _thrashing_unpin_pages(block: VaBlock, index: int, deadline: float) -> Wait:
     worker = engine.thread("uvm worker")
     yield from block.lock.acquire(worker)
     info, soon = block.thrashing, worker.now + TIMER_GRANULARITY
-    if info is not None and info.page is not None and info.pinned >> index & 1 and info.page.pin_deadline[index] <= soon:
+    if (
+        info is not None
+        and info.page is not None
+        and info.pinned >> index & 1
+        and info.page.pin_deadline[index] <= soon
+    ):
         thrashing_unpin_pages(block, worker, index)
     yield from block.lock.release(worker)
 

@@ -312,5 +312,3 @@ class Pmm:
     def _unlist(self, root: RootChunk) -> None:
         for lru in (self.unused, self.discarded, self.used):
             lru.pop(root, None)
-
-

@@ -29,7 +29,8 @@ from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
 __all__ = [
-    "fault_buffer_flush_locked", "push_replay_on_parent_gpu", "replayable_faults_isr_bottom_half", "service_fault_batch",
+    "fault_buffer_flush_locked", "push_replay_on_parent_gpu", "replayable_faults_isr_bottom_half",
+    "service_fault_batch",
     "start_bottom_half",
 ]  # fmt: skip
 
@@ -168,7 +169,9 @@ def service_fault_batch_fatal_notify(gpu: Gpu, thread: Thread, batch: FaultBatch
 
 
 @waiting_step
-def service_fault_batch_block(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, start: int, end: int) -> Wait:
+def service_fault_batch_block(
+    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, start: int, end: int
+) -> Wait:
     """One block operation, started again as often as memory had to be evicted for it (uvm_gpu_replayable_faults.c)."""
     context = ServiceContext()
     yield from block.lock.acquire(thread)

@@ -60,7 +60,9 @@ class Kernel(Protocol):
         """What waits for a replay."""
         ...
 
-    def advance(self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool) -> tuple[float, Misses | None]:
+    def advance(
+        self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool
+    ) -> tuple[float, Misses | None]:
         """Run; return the time it took and the misses that stalled on the way.
 
         Parameters
@@ -132,7 +134,9 @@ class StreamKernel:
         """Every access has been made."""
         return self.position == len(self.slots) and not len(self.waiting)
 
-    def advance(self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool) -> tuple[float, Misses | None]:
+    def advance(
+        self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool
+    ) -> tuple[float, Misses | None]:
         """See `Kernel.advance`."""
         missed: list[NDArray[np.int64]] = []
         spent, again = 0.0, 0

@@ -84,9 +84,10 @@ class VaBlock:
     """
 
     __slots__ = (
-        "all_pages", "big_ptes", "cancel_4k", "clean", "cpu_chunks", "discarded", "evicted", "fault_migrations_to_last_proc",
-        "first", "frames", "gpu_chunks", "gpu_state", "last_migration_proc_id", "lock", "pages", "pte", "pte_2m", "range",
-        "read_duplicated", "resident", "slot", "thrashing", "tracker", "va",
+        "all_pages", "big_ptes", "cancel_4k", "clean", "cpu_chunks", "discarded", "evicted",
+        "fault_migrations_to_last_proc", "first", "frames", "gpu_chunks", "gpu_state",
+        "last_migration_proc_id", "lock", "pages", "pte", "pte_2m", "range", "read_duplicated", "resident",
+        "slot", "thrashing", "tracker", "va",
     )  # fmt: skip
 
     def __init__(self, va_range: VaRange, first: int, pages: int, slots: tuple[int, int]) -> None:

@@ -73,7 +73,9 @@ def _downgrade_membar(block: VaBlock, gpu: Gpu, mask: int) -> float:
 
 
 @step
-def uvm_va_block_map(block: VaBlock, thread: Thread, processor: int, mask: int, prot: int, cause: str = "coherence") -> None:
+def uvm_va_block_map(
+    block: VaBlock, thread: Thread, processor: int, mask: int, prot: int, cause: str = "coherence"
+) -> None:
     """Give `processor` at least right `prot` on pages of `mask` that have a copy it can reach (uvm_va_block.c)."""
     if processor == CPU and prot == READ_WRITE:
         prot = READ_WRITE_ATOMIC  # a CPU entry that may be written allows its atomics too
@@ -123,7 +125,9 @@ def block_map_gpu_to(block: VaBlock, thread: Thread, location: int, mask: int, p
 
 
 @step
-def uvm_va_block_revoke_prot_mask(block: VaBlock, thread: Thread, processors: tuple[int, ...], mask: int, prot: int) -> None:
+def uvm_va_block_revoke_prot_mask(
+    block: VaBlock, thread: Thread, processors: tuple[int, ...], mask: int, prot: int
+) -> None:
     """Take right `prot` from several processors (uvm_va_block.c)."""
     for processor in processors:
         uvm_va_block_revoke_prot(block, thread, processor, mask, prot)
@@ -174,7 +178,13 @@ def block_revoke_prot_gpu_perf_notify(block: VaBlock, thread: Thread, mask: int)
 
 @step
 def uvm_va_block_add_mappings_after_migration(
-    block: VaBlock, thread: Thread, mask: int, prot: int, served: int, processors: tuple[int, ...], cause: str = "policy"
+    block: VaBlock,
+    thread: Thread,
+    mask: int,
+    prot: int,
+    served: int,
+    processors: tuple[int, ...],
+    cause: str = "policy",
 ) -> None:
     """Map `processors` but the one that is served, with what its right leaves them (uvm_va_block.c)."""
     policy, va_space = block.range.policy, block.range.va_space

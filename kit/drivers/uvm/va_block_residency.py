@@ -10,7 +10,16 @@ import numpy as np
 
 from kit.drivers.uvm.perf_thrashing import thrashing_notify_migration
 from kit.drivers.uvm.pmm_gpu import Chunk
-from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, PAGE, READ_ONLY, READ_WRITE, MoreProcessingRequired, VaBlock
+from kit.drivers.uvm.types import (
+    BIG_PAGES,
+    BLOCK_PAGES,
+    CPU,
+    GPU,
+    PAGE,
+    READ_WRITE,
+    MoreProcessingRequired,
+    VaBlock,
+)
 from kit.drivers.uvm.va_block_map import uvm_va_block_revoke_prot, uvm_va_block_unmap, uvm_va_block_unmap_mask
 from kit.errors import DriverError
 from kit.memory.pagemask import bools, first_page, from_pages, region, runs, selection

@@ -60,7 +60,10 @@ def uvm_va_block_select_residency(block: VaBlock, thread: Thread, context: Servi
 
 @step
 def block_select_processor_residency(block: VaBlock, thread: Thread, context: ServiceContext, processor: int) -> None:
-    """First rule that matches decides (uvm_va_block.c; rules about HMM, native atomics and other processes do not arise over PCIe)."""
+    """Take the first rule that matches (uvm_va_block.c).
+
+    Rules about HMM, native atomics and other processes do not arise over PCIe.
+    """
     va_space, policy = block.range.va_space, block.range.policy
     todo = context.faulted
     chosen = {CPU: 0, GPU: 0}
@@ -235,7 +238,9 @@ def block_service_finish_map_accessed_by(
         for index in context.pinned:
             if pages >> index & 1 and info is not None and info.page is not None:
                 fighters = tuple(p for p in (CPU, GPU) if info.page.processors[index] >> p & 1)
-                uvm_va_block_add_mappings_after_migration(block, thread, 1 << index, prot, processor, fighters, "thrashing")
+                uvm_va_block_add_mappings_after_migration(
+                    block, thread, 1 << index, prot, processor, fighters, "thrashing"
+                )
                 pages &= ~(1 << index)
         if pages and accessed_by:
             uvm_va_block_add_mappings_after_migration(block, thread, pages, prot, processor, accessed_by)

@@ -32,7 +32,9 @@ def split_span_as_needed(va_space: VaSpace, thread: Thread, first: int, pages: i
             yield from split_as_needed(va_space, thread, va_range, at)
     found = [r for r in va_space.ranges if r.first < first + pages and first < r.end]
     if sum(r.pages for r in found) != pages:
-        raise DriverError(errno.EINVAL, "NV_ERR_INVALID_ADDRESS", "split_span_as_needed", "not all of it is managed memory")
+        raise DriverError(
+            errno.EINVAL, "NV_ERR_INVALID_ADDRESS", "split_span_as_needed", "not all of it is managed memory"
+        )
     return found
 
 

@@ -25,7 +25,14 @@ from kit.memory.pagemask import runs
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
-__all__ = ["PC", "uvm_mmap", "uvm_va_block_find_create_in_range", "uvm_va_range_block_create", "uvm_vm_close_managed", "uvm_vm_fault"]
+__all__ = [
+    "PC",
+    "uvm_mmap",
+    "uvm_va_block_find_create_in_range",
+    "uvm_va_range_block_create",
+    "uvm_vm_close_managed",
+    "uvm_vm_fault",
+]
 
 PC = 0x55_5555_1000  # program counter that CPU faults report: the kit runs no real instructions
 
@@ -106,7 +113,9 @@ def uvm_va_space_cpu_fault(va_space: VaSpace, thread: Thread, page: int, write: 
 
 
 def _throttle_event(thread: Thread, name: str, page: int) -> None:
-    thread.engine.trace.span(name, "cpu", thread.now, thread.now, parent=thread.row, va=page * PAGE, pages=1, bytes=PAGE)
+    thread.engine.trace.span(
+        name, "cpu", thread.now, thread.now, parent=thread.row, va=page * PAGE, pages=1, bytes=PAGE
+    )
 
 
 @step

@@ -140,7 +140,8 @@ class CudaParameters(_DriverPolicy):
         programs=("three_lines", "unit_touch", "stream"), unit="B", ge=0,
     )  # fmt: skip
     prefetch_ahead_bytes: int = parameter(
-        0, "every touch is preceded by a prefetch instruction so far ahead of it, 0: none", programs=("stream",), unit="B", ge=0,
+        0, "every touch is preceded by a prefetch instruction so far ahead of it, 0: none", programs=("stream",),
+        unit="B", ge=0,
         le=1 << 40,
     )  # fmt: skip
     # memory
@@ -166,7 +167,8 @@ class CudaParameters(_DriverPolicy):
     advice: str = parameter(
         "none", "cudaMemAdvise on the arrays", group="Memory",
         choices=(
-            "none", "read_mostly", "preferred_location_gpu", "preferred_location_cpu", "accessed_by_gpu", "accessed_by_cpu",
+            "none", "read_mostly", "preferred_location_gpu", "preferred_location_cpu", "accessed_by_gpu",
+            "accessed_by_cpu",
         ),
     )  # fmt: skip
     advice_when: str = parameter(

@@ -120,9 +120,9 @@ class Session:
         if p.program == "vector_add" and p.grid > 1:
             return (
                 "Many thread blocks run at once, and no source says whose miss reaches the fault buffer first. The kit "
-                f"lets warps drift apart by up to {self.machine['warp_spread']:g} us, drawn from the seed: the bytes moved "
-                "are exact, the number of copies and of fault groups varies from seed to seed, as it does from run to run "
-                "on hardware."
+                f"lets warps drift apart by up to {self.machine['warp_spread']:g} us, drawn from the seed: the bytes "
+                "moved are exact, the number of copies and of fault groups varies from seed to seed, as it does from "
+                "run to run on hardware."
             )
         return "The order of accesses is fixed by the program, so every count and every address below is exact."
 
@@ -133,7 +133,9 @@ class Session:
         working_set = sum(-(-size // PAGE) * PAGE for _, size in self.program.sizes)
         memory = int(working_set / p.oversubscription) // BLOCK * BLOCK
         if memory < BLOCK:
-            most = f"at most {working_set / BLOCK:.3g}: a working set of {working_set} B must leave one 2 MiB root chunk"
+            most = (
+                f"at most {working_set / BLOCK:.3g}: a working set of {working_set} B must leave one 2 MiB root chunk"
+            )
             raise ParameterError("oversubscription", p.oversubscription, most)
         return memory
 

@@ -138,7 +138,9 @@ class Harness:
     def stream(self, pages: Sequence[int], access: Sequence[int] | int = WRITE, lanes: int = 1) -> StreamKernel:
         """A kernel over pages with access types."""
         where = np.asarray(pages, dtype=np.int64)
-        kind = np.full(len(where), access, dtype=np.int8) if isinstance(access, int) else np.asarray(access, dtype=np.int8)
+        kind = (
+            np.full(len(where), access, dtype=np.int8) if isinstance(access, int) else np.asarray(access, dtype=np.int8)
+        )
         slots = self.gpu.table.walk(where)
         return StreamKernel("stream", slots, where, kind, REQUIRED_PROT[kind], lanes, int(self.machine["tpcs"]), 0.1)
 
@@ -158,7 +160,11 @@ class Harness:
         return reason
 
     def faults(
-        self, pages: Sequence[int], access: Sequence[int] | int = WRITE, utlb: Sequence[int] | int = 0, fatal: Sequence[int] | int = 0
+        self,
+        pages: Sequence[int],
+        access: Sequence[int] | int = WRITE,
+        utlb: Sequence[int] | int = 0,
+        fatal: Sequence[int] | int = 0,
     ) -> None:
         """Entries that appear in the fault buffer at once, with no access behind them; wait until they are served."""
         count = len(pages)
@@ -298,7 +304,9 @@ def check_block(h: Harness, block: VaBlock) -> None:
         for processor in (CPU, GPU):
             assert not block.pte[processor][READ_WRITE] & block.read_duplicated, "a read-duplicated page may be written"
     # Without native atomics over PCIe, a GPU's atomics on system memory exclude every CPU write, and the reverse.
-    assert h.lite or not block.pte[GPU][READ_WRITE_ATOMIC] & ~gpu & block.pte[CPU][READ_WRITE], "atomics are not exclusive"
+    assert h.lite or not block.pte[GPU][READ_WRITE_ATOMIC] & ~gpu & block.pte[CPU][READ_WRITE], (
+        "atomics are not exclusive"
+    )
     check_tables(h, block)
     check_chunks(block)
     if block.thrashing is not None:
@@ -322,7 +330,9 @@ def check_tables(h: Harness, block: VaBlock) -> None:
     for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
         wanted[pages_of(block.pte[GPU][prot])] = prot
     assert (rights == wanted).all(), "GPU page table and masks differ"
-    local, remote = (pages_of(block.mapped(GPU) & m) for m in (block.resident[GPU], ~block.resident[GPU] & block.all_pages))
+    local, remote = (
+        pages_of(block.mapped(GPU) & m) for m in (block.resident[GPU], ~block.resident[GPU] & block.all_pages)
+    )
     assert (frames[local] == block.frames[GPU][local]).all(), "a GPU entry points at a wrong frame of its memory"
     assert (frames[remote] == block.frames[CPU][remote]).all(), "a remote GPU entry points at a wrong frame"
 

@@ -15,9 +15,22 @@ import kit
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "grid": {"program": "vector_add", "n": 1 << 18, "grid": 1024, "block": 256, "seed": 3},
-    "oversubscribed": {"program": "stream", "buffer_bytes": 8 << 20, "pattern": "zipf", "touches": 5000, "oversubscription": 1.5},
+    "oversubscribed": {
+        "program": "stream",
+        "buffer_bytes": 8 << 20,
+        "pattern": "zipf",
+        "touches": 5000,
+        "oversubscription": 1.5,
+    },
     "jitter": {"program": "stream", "buffer_bytes": 4 << 20, "pattern": "random", "jitter": 0.5, "seed": 7},
-    "fight": {"program": "stream", "buffer_bytes": 8192, "touches": 20_000, "lanes": 1, "cpu_touches": 5000, "jitter": 0.1},
+    "fight": {
+        "program": "stream",
+        "buffer_bytes": 8192,
+        "touches": 20_000,
+        "lanes": 1,
+        "cpu_touches": 5000,
+        "jitter": 0.1,
+    },
     "cancel": {"program": "three_lines", "stray_bytes": 1 << 22},
     "lite": {"program": "vector_add", "machine": "k80", "n": 1 << 18},
 }
@@ -32,7 +45,9 @@ for line in sys.stdin:
 def elsewhere(hash_seed: str) -> dict[str, str]:
     lines = "".join(json.dumps([name, parameters]) + "\n" for name, parameters in SCENARIOS.items())
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], input=lines, capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], input=lines, capture_output=True, text=True, env=environment, check=True
+    )
     return dict(line.split() for line in done.stdout.splitlines())
 
 

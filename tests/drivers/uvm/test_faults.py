@@ -13,7 +13,9 @@ P, R, W, A = PREFETCH, READ, WRITE, ATOMIC_STRONG
 Entry = tuple[int, int, int]  # uTLB, page, access
 
 
-def fetched(entries: list[Entry], fatal: list[int] | None = None, everything: bool = False, **settings: object) -> FaultBatch:
+def fetched(
+    entries: list[Entry], fatal: list[int] | None = None, everything: bool = False, **settings: object
+) -> FaultBatch:
     """What one fetch makes of these entries."""
     h = Harness(**settings)
     h.gpu.fault_buffer.interrupt = lambda: None
@@ -34,8 +36,14 @@ COALESCING: dict[str, tuple[list[Entry], list[tuple[int, int, int, int]]]] = {
     "same uTLB, same page": ([(0, 5, R), (0, 5, R)], [(0, 5, R, 2)]),
     "same uTLB, weaker access": ([(0, 5, W), (0, 5, R)], [(0, 5, W, 2)]),
     "same uTLB, stronger access takes over": ([(0, 5, R), (0, 5, W)], [(0, 5, W, 2)]),
-    "same uTLB, another page in between": ([(0, 5, R), (0, 6, R), (0, 5, R)], [(0, 5, R, 1), (0, 6, R, 1), (0, 5, R, 1)]),
-    "another uTLB's entry in between does not matter": ([(0, 5, R), (1, 9, R), (0, 5, W)], [(0, 5, W, 2), (1, 9, R, 1)]),
+    "same uTLB, another page in between": (
+        [(0, 5, R), (0, 6, R), (0, 5, R)],
+        [(0, 5, R, 1), (0, 6, R, 1), (0, 5, R, 1)],
+    ),
+    "another uTLB's entry in between does not matter": (
+        [(0, 5, R), (1, 9, R), (0, 5, W)],
+        [(0, 5, W, 2), (1, 9, R, 1)],
+    ),
     "other uTLB, last representative": ([(0, 5, R), (1, 5, R)], [(0, 5, R, 2)]),
     "other uTLB, weaker access": ([(0, 5, W), (1, 5, P)], [(0, 5, W, 2)]),
     "other uTLB, stronger access stays apart": ([(0, 5, R), (1, 5, W)], [(0, 5, R, 1), (1, 5, W, 1)]),
@@ -75,7 +83,13 @@ def test_a_batch_is_sorted_by_address_then_strongest_access() -> None:
     batch = fetched([(0, 9, R), (1, 5, R), (2, 9, A), (3, 1, W), (4, 9, W)])
     h = Harness()
     preprocess_fault_batch(h.gpu, h.cpu, batch)
-    assert [(int(p), int(a)) for p, a in zip(batch.page, batch.access, strict=True)] == [(1, W), (5, R), (9, A), (9, W), (9, R)]
+    assert [(int(p), int(a)) for p, a in zip(batch.page, batch.access, strict=True)] == [
+        (1, W),
+        (5, R),
+        (9, A),
+        (9, W),
+        (9, R),
+    ]
 
 
 def test_the_limit_counts_raw_entries() -> None:

@@ -120,9 +120,13 @@ def test_the_k80_row_of_the_documentation() -> None:
 
 def test_managed_memory_is_limited_by_the_gpus() -> None:
     with pytest.raises(DriverError, match="limited by GPU memory"):
-        kit.run("cuda_demand_paging", machine="k80", program="three_lines", buffer_bytes=8 << 20, gpu_memory_bytes=4 << 20)
+        kit.run(
+            "cuda_demand_paging", machine="k80", program="three_lines", buffer_bytes=8 << 20, gpu_memory_bytes=4 << 20
+        )
 
 
 def test_the_cpu_may_not_touch_beside_a_kernel_in_the_flow() -> None:
     with pytest.raises(DriverError, match="SIGBUS"):
-        kit.run("cuda_demand_paging", machine="k80", program="stream", buffer_bytes=2 << 20, touches=100_000, cpu_touches=5)
+        kit.run(
+            "cuda_demand_paging", machine="k80", program="stream", buffer_bytes=2 << 20, touches=100_000, cpu_touches=5
+        )

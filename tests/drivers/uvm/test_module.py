@@ -35,7 +35,14 @@ RANDOM = {
     "program": "stream", "buffer_bytes": 8 << 20, "pattern": "random", "touches": 4000, "oversubscription": 1.6,
 }  # fmt: skip
 DUPLICATES = {"program": "vector_add", "grid": 4096, "block": 256}
-FIGHT = {"program": "stream", "buffer_bytes": 8192, "touches": 60_000, "lanes": 1, "cpu_touches": 20_000, "write_fraction": 1.0}
+FIGHT = {
+    "program": "stream",
+    "buffer_bytes": 8192,
+    "touches": 60_000,
+    "lanes": 1,
+    "cpu_touches": 20_000,
+    "write_fraction": 1.0,
+}
 LONG_FIGHT = {**FIGHT, "thrashing_epoch": 1}
 AHEAD = {"program": "stream", "buffer_bytes": 4 << 20, "prefetch_ahead_bytes": 65536, "lanes": 8}
 PAST_THE_END = {
@@ -82,7 +89,11 @@ def happened(items: tuple[tuple[str, Any], ...]) -> tuple[bytes, bytes, tuple[tu
     assert run.integrity.lost == 0 and not run.conformance.violations
     names = np.array(run.trace.steps.words)[run.trace.spans.column("step").astype(int)]
     times = np.stack([run.trace.spans.column("start"), run.trace.spans.column("end")])
-    return times.tobytes() + b"".join(n.encode() for n in names), run.trace.moves.array().tobytes(), tuple(run.metrics.items())
+    return (
+        times.tobytes() + b"".join(n.encode() for n in names),
+        run.trace.moves.array().tobytes(),
+        tuple(run.metrics.items()),
+    )
 
 
 @pytest.mark.parametrize(("name", "value", "parameters"), CASES, ids=[f"{name}={value}" for name, value, _ in CASES])
@@ -150,7 +161,9 @@ def test_a_channel_holds_no_more_pushes_than_it_has_entries() -> None:
         h.prefetch(r.first, r.pages, 1)
         copies = [s for s in h.spans("UvmEventTypeMigration") if s["actor"] == "copy HtoD"]
         pushed = [s["end"] for s in h.spans("block_copy_resident_pages_between")][-len(copies) :]
-        most[entries] = max(sum(c["end"] > now and p <= now for c, p in zip(copies, pushed, strict=True)) for now in pushed)
+        most[entries] = max(
+            sum(c["end"] > now and p <= now for c, p in zip(copies, pushed, strict=True)) for now in pushed
+        )
     assert most[32] <= 31 < most[1024]
 
 

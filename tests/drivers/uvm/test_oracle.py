@@ -121,7 +121,11 @@ def test_random_programs(seed: int) -> None:
 def test_thresholds(ranges: list[tuple[int, int]], threshold: int) -> None:
     rng = random.Random(threshold)
     order = rng.sample(range(ranges[0][0]), 60)
-    steps: list[Step] = [("cpu", 0, list(range(ranges[0][0])), True), ("gpu", 0, order, True), ("cpu", 0, order[::-1], False)]
+    steps: list[Step] = [
+        ("cpu", 0, list(range(ranges[0][0])), True),
+        ("gpu", 0, order, True),
+        ("cpu", 0, order[::-1], False),
+    ]
     compare(ranges, steps, roots=1, prefetch_threshold=threshold, fault_batch_count=1)
 
 
@@ -135,6 +139,11 @@ STEPS = st.tuples(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(SIZES, min_size=3, max_size=3), st.lists(STEPS, min_size=1, max_size=10), st.integers(1, 4), st.integers(1, 100))
+@given(
+    st.lists(SIZES, min_size=3, max_size=3),
+    st.lists(STEPS, min_size=1, max_size=10),
+    st.integers(1, 4),
+    st.integers(1, 100),
+)
 def test_any_program(ranges: list[tuple[int, int]], steps: list[Step], roots: int, threshold: int) -> None:
     compare(ranges, steps, roots, prefetch_threshold=threshold, fault_batch_count=1 if threshold % 2 else 256)

@@ -104,7 +104,13 @@ def test_rule_6_a_pinned_page_goes_where_it_is_pinned() -> None:
 
 @pytest.mark.parametrize(
     ("advice", "toucher", "expected"),
-    [("", "gpu", "G"), ("", "cpu", "C"), ("preferred_cpu", "gpu", "C"), ("preferred_gpu", "gpu", "G"), ("preferred_gpu", "cpu", "C")],
+    [
+        ("", "gpu", "G"),
+        ("", "cpu", "C"),
+        ("preferred_cpu", "gpu", "C"),
+        ("preferred_gpu", "gpu", "G"),
+        ("preferred_gpu", "cpu", "C"),
+    ],
 )
 def test_rule_7_first_touch(advice: str, toucher: str, expected: str) -> None:
     h, r, _ = ready(advice, ".")
@@ -121,7 +127,9 @@ def test_rule_8_accessed_by_stays_and_maps() -> None:
     assert rights(block_of(r), GPU, 5) == 2, "mapped by the first touch"
     h.kernel(pages(r, [5]), WRITE)
     assert h.count("UvmEventTypeGpuFault") == faults
-    h.kernel(pages(r, [5]), ATOMIC_STRONG)  # PCIe has no native atomics: the GPU faults, and the CPU loses its write right
+    h.kernel(
+        pages(r, [5]), ATOMIC_STRONG
+    )  # PCIe has no native atomics: the GPU faults, and the CPU loses its write right
     assert h.count("UvmEventTypeGpuFault") == faults + 1
     assert h.where(r)[5] == "C" and (rights(block_of(r), GPU, 5), rights(block_of(r), CPU, 5)) == (3, 1)
     h.check()

@@ -11,8 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kit.drivers.uvm.types import ATOMIC_STRONG, CPU, GPU, READ, WRITE, VaRange
 from kit.errors import DriverError
+from kit.flows.documented import Documented
 from kit.sim.engine import Wait
 
+DOCUMENTED = Documented.load("cuda_demand_paging")
 # Sizes in pages: full blocks, short ones, no 64 KiB page at all, unaligned heads and tails.
 SIZES = st.sampled_from([1, 5, 16, 40, 130, 512, 600, 1024, 1100])
 OFFSETS = st.sampled_from([0, 0, 0, 3, 16, 250, 509])
@@ -143,6 +145,12 @@ class Driver(RuleBasedStateMachine):
         chosen = self.pick(data)
         self.ranges.remove(chosen)
         self.h.free(chosen)
+
+    def teardown(self) -> None:
+        """Whatever happened, every step ran under a documented caller and in the documented order."""
+        if hasattr(self, "h"):
+            strays = [v for v in DOCUMENTED.check(self.h.trace).violations if not v.startswith("pick_and_evict_root_chunk ran")]
+            assert not strays, "beside the evictions that the test itself asks for"
 
     @invariant()
     def holds(self) -> None:
