@@ -230,8 +230,9 @@ def step(function: F) -> F:
         spans, parent = thread.spans, thread.row
         ends = spans.end
         row = thread.row = len(ends)
-        ends.append(0.0)
-        spans.start.append(thread.now)
+        now = thread.now
+        ends.append(now)  # until it is closed, a span ends where it starts
+        spans.start.append(now)
         spans.key.append(thread.keys.get(name) or thread.key(name))
         spans.parent.append(parent)
         try:
@@ -252,8 +253,9 @@ def waiting_step(function: F) -> F:
         spans, parent = thread.spans, thread.row
         ends = spans.end
         row = thread.row = len(ends)
-        ends.append(0.0)
-        spans.start.append(thread.now)
+        now = thread.now
+        ends.append(now)  # until it is closed, a span ends where it starts
+        spans.start.append(now)
         spans.key.append(thread.keys.get(name) or thread.key(name))
         spans.parent.append(parent)
         try:

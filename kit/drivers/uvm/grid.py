@@ -68,8 +68,8 @@ class GridKernel:
     """
 
     def __init__(
-        self, name: str, shape: Shape, table: PageTable, machine: Machine, costs: SimpleNamespace, late: tuple[int, ...] = (),
-        seed: int = 0,
+        self, name: str, shape: Shape, table: PageTable, machine: Machine, costs: SimpleNamespace,
+        late: tuple[int, ...] = (), seed: int = 0,
     ) -> None:  # fmt: skip
         self.rng, self.spread = np.random.default_rng([seed, 2]), float(machine["warp_spread"])
         self.interval = float(machine["fault_interval"])

@@ -5,11 +5,8 @@ from __future__ import annotations
 from kit.drivers.uvm.migrate import block_operation
 from kit.drivers.uvm.types import CPU, GPU, VaBlock, VaRange, VaSpace
 from kit.drivers.uvm.va_block_map import uvm_va_block_add_mappings, uvm_va_block_unmap
-from kit.drivers.uvm.va_block_residency import (
-    BlockContext,
-    uvm_va_block_make_resident,
-    uvm_va_block_make_resident_read_duplicate,
-)
+from kit.drivers.uvm.va_block_populate import BlockContext
+from kit.drivers.uvm.va_block_residency import uvm_va_block_make_resident, uvm_va_block_make_resident_read_duplicate
 from kit.drivers.uvm.va_block_split import split_span_as_needed
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step

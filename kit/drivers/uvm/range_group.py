@@ -7,7 +7,8 @@ from functools import partial
 from kit.drivers.uvm.migrate import block_operation
 from kit.drivers.uvm.types import CPU, GPU, READ_WRITE_ATOMIC, VaBlock, VaRange, VaSpace
 from kit.drivers.uvm.va_block_map import uvm_va_block_map, uvm_va_block_unmap
-from kit.drivers.uvm.va_block_residency import BlockContext, uvm_va_block_make_resident
+from kit.drivers.uvm.va_block_populate import BlockContext
+from kit.drivers.uvm.va_block_residency import uvm_va_block_make_resident
 from kit.drivers.uvm.va_space import uvm_va_range_block_create
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step

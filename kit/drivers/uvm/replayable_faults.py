@@ -20,7 +20,7 @@ from kit.drivers.uvm.types import (
     MoreProcessingRequired,
     VaBlock,
 )
-from kit.drivers.uvm.va_block_residency import uvm_va_block_retry_deinit
+from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
 from kit.drivers.uvm.va_space import uvm_va_block_find_create_in_range
 from kit.errors import DriverError

@@ -12,8 +12,8 @@ from kit.drivers.uvm.va_block_map import (
     uvm_va_block_revoke_prot_mask,
     uvm_va_block_unmap,
 )
+from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.drivers.uvm.va_block_residency import (
-    BlockContext,
     uvm_va_block_make_resident_copy,
     uvm_va_block_make_resident_finish,
     uvm_va_block_make_resident_read_duplicate,

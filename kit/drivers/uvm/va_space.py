@@ -18,7 +18,7 @@ from kit.drivers.uvm.types import (
     VaSpace,
 )
 from kit.drivers.uvm.va_block_map import uvm_va_block_unmap_mask
-from kit.drivers.uvm.va_block_residency import uvm_va_block_retry_deinit
+from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
 from kit.errors import DriverError
 from kit.memory.pagemask import runs

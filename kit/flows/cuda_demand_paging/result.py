@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kit.drivers.uvm.types import CPU, GPU, VaSpace
-from kit.drivers.uvm.va_block_residency import block_settle
+from kit.drivers.uvm.va_block_copy import block_settle
 from kit.flows.run import Integrity
 from kit.memory.pagemask import bools, selection
 

@@ -1,0 +1,107 @@
+"""uvm_va_block.c, copies: from one processor's memory to another's, in records as tools see them."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+
+from kit.drivers.uvm.perf_thrashing import thrashing_notify_migration
+from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE, VaBlock
+from kit.drivers.uvm.va_block_populate import BlockContext
+from kit.memory.pagemask import bools, from_pages, runs, selection
+from kit.sim.engine import Thread
+from kit.sim.trace import step
+
+__all__ = ["block_copy_resident_pages", "block_settle"]
+
+# uvm_make_resident_cause_t -> migration cause that tools see
+TOOLS_CAUSE = {"fault": "coherence", "eviction": "eviction", "api": "user", "range_group": "coherence"}
+
+
+@step
+def block_copy_resident_pages(
+    block: VaBlock, thread: Thread, context: BlockContext, mask: int, prefetched: int, duplicate: bool = False
+) -> None:
+    """Copy from every processor that holds wanted pages (uvm_va_block.c)."""
+    dest = context.dest
+    leaving = mask & ~block.resident[dest] & block.resident[1 - dest]
+    if leaving:
+        block_settle(block, 1 - dest, leaving)
+    if leaving & ~block.discarded:
+        block_copy_resident_pages_mask(block, thread, context, leaving & ~block.discarded, prefetched, duplicate)
+
+
+@step
+def block_copy_resident_pages_mask(
+    block: VaBlock, thread: Thread, context: BlockContext, mask: int, prefetched: int, duplicate: bool
+) -> None:
+    """Sources from the closest to the farthest: with one GPU there is one (uvm_va_block.c)."""
+    block_copy_resident_pages_from(block, thread, context, mask, prefetched, duplicate)
+
+
+@step
+def block_copy_resident_pages_from(
+    block: VaBlock, thread: Thread, context: BlockContext, mask: int, prefetched: int, duplicate: bool
+) -> None:
+    """One source processor, its NUMA nodes one by one: here one node (uvm_va_block.c)."""
+    block_copy_resident_pages_between(block, thread, context, mask, prefetched, duplicate)
+
+
+@step
+def block_copy_resident_pages_between(
+    block: VaBlock, thread: Thread, context: BlockContext, mask: int, prefetched: int, duplicate: bool
+) -> None:
+    """One push of copies; a record ends where pages are not adjacent or their cause changes (uvm_va_block.c)."""
+    va_space = block.range.va_space
+    gpu, trace = va_space.gpu, thread.engine.trace
+    dest, source = context.dest, 1 - context.dest
+    clean = mask & block.clean if source == CPU and not gpu.hal.replayable_faults else 0
+    mask &= ~clean
+    if not mask:
+        return
+    cause = TOOLS_CAUSE[context.cause]
+    copies = [(block.first + first, count, cause) for first, count in runs(mask & ~prefetched)]
+    if mask & prefetched:
+        copies += [(block.first + first, count, "prefetch") for first, count in runs(mask & prefetched)]
+        copies.sort()
+    curve, channel, actor = (
+        (gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD") if dest == GPU else (gpu.copy_dtoh, gpu.gpu_to_cpu, "copy DtoH")
+    )
+    durations = [curve(count * PAGE) for _, count, _ in copies]
+    # One command a copy when both sides hold the block in a single chunk, else one a page (section 7.1).
+    whole = block.whole and 0 in block.cpu_chunks and block.cpu_chunks[0][2] == BLOCK_PAGES
+    pages = mask.bit_count()
+    thread.charge(gpu.costs.push + (len(copies) if whole else pages) * gpu.costs.copy_command)
+    thread.note(va=block.va, pages=pages, bytes=pages * PAGE, cause=cause)
+    start, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
+    times = list(accumulate(durations, initial=start))
+    src, dst = 1 << source, 1 << dest
+    trace.copied("UvmEventTypeMigration", actor, thread.row, times, copies, src, src if duplicate else dst)
+    pools, moved = (va_space.host, gpu.frames), selection(mask, block.pages)
+    pools[dest].payload[block.frames_at(dest, moved)] = pools[source].payload[block.frames_at(source, moved)]
+    context.did_copy, context.copies_end = True, times[-1]
+    context.pages_changed_residency |= mask
+    context.pages_copied |= mask
+    if dest == CPU:
+        block.clean |= mask
+    thrashing_notify_migration(block, thread, mask, dest, context.cause)
+
+
+def block_settle(block: VaBlock, processor: int, mask: int) -> None:
+    """Bring the program's writes to the pages of `mask` into the frames that hold them at `processor`."""
+    va_space = block.range.va_space
+    content, slot = va_space.content, block.slot[GPU]
+    dirty, moved = content.dirty[slot : slot + block.pages], selection(mask, block.pages)
+    written = np.count_nonzero(dirty[moved])
+    if not written:
+        return
+    pool = (va_space.host, va_space.gpu.frames)[processor]
+    if isinstance(moved, slice) and written == moved.stop - moved.start:
+        block.clean &= ~mask
+        content.settle(slice(slot + moved.start, slot + moved.stop), pool, block.frames_at(processor, moved))
+        return
+    pages = (dirty & bools(mask, block.pages)).nonzero()[0]
+    if block.clean:
+        block.clean &= ~from_pages(pages)
+    content.settle(slot + pages, pool, block.frames[processor][pages])
