@@ -20,7 +20,7 @@ from kit.sim.engine import Engine, Lock
 if TYPE_CHECKING:
     from kit.drivers.uvm.gpu import Gpu
     from kit.drivers.uvm.module import ModuleParameters
-    from kit.drivers.uvm.perf_thrashing import BlockThrashing
+    from kit.drivers.uvm.perf_thrashing_state import BlockThrashing
     from kit.drivers.uvm.pmm_gpu import Chunk
     from kit.memory.address_space import AddressSpace, Vma
     from kit.memory.frames import Frames

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from kit.drivers.uvm.perf_thrashing import thrashing_notify_migration
+from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.memory.pagemask import bools, from_pages, runs, selection

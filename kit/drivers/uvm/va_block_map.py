@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kit.drivers.uvm.gpu import Gpu
-from kit.drivers.uvm.perf_thrashing import thrashing_notify_revocation
+from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_revocation
 from kit.drivers.uvm.types import (
     BIG_PAGES,
     BLOCK_PAGES,

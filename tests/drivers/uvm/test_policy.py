@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from drivers.uvm.harness import Harness, pages
 
-from kit.drivers.uvm.perf_thrashing import BlockThrashing, PageThrashing
+from kit.drivers.uvm.perf_thrashing_state import BlockThrashing, PageThrashing
 from kit.drivers.uvm.types import (
     ATOMIC_STRONG,
     CPU,
