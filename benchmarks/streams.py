@@ -18,7 +18,7 @@ def sequential() -> list[Figure]:
     """1 GiB, cold, sequential, prefetch on, trace on: one miss at a time, then as many as the GPU keeps in flight."""
     found = []
     for words, lanes in (("one miss at a time", 1), ("all misses in flight", 0)):
-        wall, run = _fastest(3, program="stream", buffer_bytes=GIB, lanes=lanes)
+        wall, run = _fastest(5, program="stream", buffer_bytes=GIB, lanes=lanes)
         batches, hardware = run.metrics["gpu_fault_groups"], run.metrics["kernel_us"] / 1e6
         beside = f"the aim; the modelled hardware takes {batches / hardware:,.0f}/s, {run.metrics['spans']:,} spans"
         found.append(Figure(f"1 GiB sequential, {words}", batches / wall, 10_000, "batches/s", True, beside))
@@ -29,7 +29,7 @@ def sequential() -> list[Figure]:
 def random() -> list[Figure]:
     """Random touches of 64 MiB with memory for four fifths of it: every batch evicts."""
     wall, run = _fastest(
-        2, program="stream", pattern="random", buffer_bytes=64 << 20, touches=20_000, oversubscription=1.25
+        3, program="stream", pattern="random", buffer_bytes=64 << 20, touches=20_000, oversubscription=1.25
     )
     return [_against_hardware("random at 125 % oversubscription", wall, run)]
 

@@ -54,6 +54,16 @@ def test_a_prefetch_call_refreshes_even_when_nothing_moves() -> None:
     assert on_gpu(h, ranges) == "GcG"
 
 
+def test_a_read_duplication_refreshes() -> None:
+    h, ranges = filled(2, 3)
+    h.advise("read_mostly", ranges[0].first, 512)
+    h.kernel(pages(ranges[0], [0]), READ)
+    h.kernel(pages(ranges[1], [0]))
+    h.kernel(pages(ranges[0], [100]), READ)  # a copy more
+    h.kernel(pages(ranges[2], [0]))
+    assert ["G" in h.where(r) or "D" in h.where(r) for r in ranges] == [True, False, True]
+
+
 def test_unused_goes_before_used_and_without_a_copy() -> None:
     h, ranges = filled(3, 4)
     for r in ranges[:3]:

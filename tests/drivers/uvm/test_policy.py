@@ -172,6 +172,9 @@ def test_destinations_of_one_service_finish_one_by_one_the_cpu_first() -> None:
     copied = [s["start"] for s in h.spans("uvm_va_block_service_copy")][-2:]
     finished = [s["end"] for s in h.spans("uvm_va_block_service_finish")][-2:]
     assert copied[0] <= finished[0] <= copied[1] <= finished[1]
+    (remote,), copy = h.spans("UvmEventTypeMapRemote")[-1:], h.spans("UvmEventTypeMigration")[-1]
+    assert int(remote["va"]) // 4096 - r.first == 5 and int(copy["va"]) // 4096 - r.first == 100
+    assert remote["start"] < copy["start"], "the CPU's page is mapped before the GPU's is copied"
     assert h.where(r)[5] == "C" and h.where(r)[100] == "G"
     assert h.where(r).count("G") == 1, "two destinations: nothing is prefetched"
 
