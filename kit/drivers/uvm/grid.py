@@ -230,8 +230,8 @@ class GridKernel:
         keep = np.sort(order[head])
         if len(keep) > 1:  # warps drift apart: on their way to the fault buffer their misses mix
             drift = self.interval * np.arange(len(keep)) + self.spread * self.rng.random(len(keep))
-            mixed = np.argsort(delay[keep] + drift, kind="stable")
-            keep, delay[keep] = keep[mixed], delay[keep] + drift
+            delay[keep] += drift
+            keep = keep[np.argsort(delay[keep], kind="stable")]
         if self.late:
             late = np.isin(page[keep], np.fromiter(self.late, dtype=np.int64))
             self.late.clear()
