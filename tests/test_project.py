@@ -146,7 +146,6 @@ def test_a_wheel_carries_notebooks_and_scenarios(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 @pytest.mark.parametrize("target", ["run", "test", "lab", "bench"])
 def test_make_installs_only_when_the_lists_have_changed(target: str, tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):

@@ -245,7 +245,10 @@ def step(function: F) -> F:
 
 
 def waiting_step(function: F) -> F:
-    """`step` for a function that may wait, to be driven with ``yield from``; it may pass on what another returns."""
+    """`step` for a function that may wait, to be driven with ``yield from``; it may pass on what another returns.
+
+    The lines of `step` stand here again on purpose: a shared helper would cost a call for every span.
+    """
     name = function.__name__
 
     @wraps(function)

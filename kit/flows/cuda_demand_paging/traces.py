@@ -26,6 +26,7 @@ __all__ = ["AccessTrace", "fold", "read_trace", "shipped_trace", "write_trace"]
 ARRAYS = ("vpn", "index", "write")
 CHUNK = 1 << 24
 _PAGE_NUMBERS = 1 << 52
+# What a damaged .npz raises; NotImplementedError is zipfile's word for a corrupted method or flag field.
 _BROKEN = (zipfile.BadZipFile, EOFError, ValueError, KeyError, zlib.error, NotImplementedError)
 
 

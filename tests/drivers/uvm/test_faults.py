@@ -28,8 +28,8 @@ def fetched(
 
 def representatives(batch: FaultBatch) -> list[tuple[int, int, int, int]]:
     """uTLB, page, access and instances of each."""
-    columns = (batch.utlb, batch.page, batch.access, batch.instances)
-    return [tuple(int(part) for part in row) for row in zip(*columns, strict=True)]  # type: ignore[misc]
+    columns = zip(batch.utlb, batch.page, batch.access, batch.instances, strict=True)
+    return [(int(utlb), int(page), int(access), int(instances)) for utlb, page, access, instances in columns]
 
 
 COALESCING: dict[str, tuple[list[Entry], list[tuple[int, int, int, int]]]] = {

@@ -18,6 +18,7 @@ from kit.drivers.uvm.types import (
     VaBlock,
     VaRange,
 )
+from kit.drivers.uvm.va_space import uvm_va_range_block_create
 from kit.errors import DriverError
 from kit.memory.pagemask import region
 
@@ -32,7 +33,7 @@ def ready(advice: str = "", where: str = "C", **module: object) -> tuple[Harness
         h.kernel(pages(r, range(512)), lanes=512)
     if advice:
         h.advise(advice, r.first, 512)
-    return h, r, (r.blocks or {0: None})[r.first // 512 if r.blocks else 0]  # type: ignore[return-value]
+    return h, r, uvm_va_range_block_create(r, h.cpu, r.first)
 
 
 def rights(block: VaBlock, processor: int, page: int) -> int:
