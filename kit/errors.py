@@ -9,6 +9,9 @@ from collections.abc import Iterable
 
 __all__ = ["DriverError", "Errno", "KitError", "ParameterError", "TraceFileError", "did_you_mean", "raise_for"]
 
+# Python names 95 after POSIX; the kernel's word is the other one.
+_NAMES = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP"}
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to `name`, or ``""``."""
@@ -57,7 +60,7 @@ class DriverError(KitError, OSError):
 
     def __init__(self, errno: int, status: str, step: str, detail: str = "") -> None:
         self.status, self.step = status, step
-        name = _errno.errorcode.get(errno, str(errno))
+        name = _NAMES.get(errno, str(errno))
         text = f"{step}: {status} ({name}, {os.strerror(errno)})"
         OSError.__init__(self, errno, f"{text}: {detail}" if detail else text)
 
@@ -87,7 +90,7 @@ class Errno(int):
     @property
     def name(self) -> str:
         """Its name, such as ``EFAULT``."""
-        return _errno.errorcode.get(-self, str(-self))
+        return _NAMES.get(-self, str(-self))
 
     def __repr__(self) -> str:
         return f"-{self.name}"
