@@ -1,0 +1,207 @@
+"""What a program does to its memory: loads and stores, with every fault they take (arch/x86/mm/fault.c @ 7.0)."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kit.errors import DriverError
+from kit.memory.fault import handle_mm_fault
+from kit.memory.types import (
+    FAULT_FLAG_ALLOW_RETRY,
+    FAULT_FLAG_TRIED,
+    FAULT_FLAG_USER,
+    FAULT_FLAG_VMA_LOCK,
+    FAULT_FLAG_WRITE,
+    PAGE,
+    VM_ACCESS_FLAGS,
+    VM_FAULT_ERROR,
+    VM_FAULT_HWPOISON,
+    VM_FAULT_OOM,
+    VM_FAULT_RETRY,
+    VM_FAULT_SIGBUS,
+)  # fmt: skip
+from kit.sim.trace import waiting_step
+
+if TYPE_CHECKING:
+    from kit.memory.mm import Mm
+    from kit.memory.vma import Vma
+    from kit.sim.engine import Thread, Wait
+
+__all__ = ["do_user_addr_fault", "load", "read_bytes", "store", "touch", "write_bytes"]
+
+_CHUNK = 65536  # accesses looked up at once
+_AHEAD = 8192  # pages that one run of faults serves at most
+
+
+def touch(mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_] | bool) -> Wait:
+    """Access pages in order from a CPU thread, taking every fault on the way.
+
+    Parameters
+    ----------
+    pages : ndarray of int64, shape (n,)
+        Virtual page numbers.
+    writes : bool, or ndarray of bool, shape (n,)
+
+    Raises
+    ------
+    DriverError
+        EFAULT with status SIGSEGV (no area there, or it does not allow the access) or SIGBUS; ENOMEM with status
+        OOM-kill when memory and swap are out.
+    """
+    pages = np.asarray(pages, dtype=np.int64)
+    writes = np.broadcast_to(np.asarray(writes, dtype=bool), pages.shape)
+    for start in range(0, len(pages), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        yield from _touch_chunk(mm, thread, pages[chunk], writes[chunk])
+
+
+def _touch_chunk(mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_]) -> Wait:
+    need = np.where(writes, 2, 1).astype(np.uint8)
+    at = 0
+    while at < len(pages):
+        table = mm.table
+        slots = table.slots_of(pages[at:])
+        miss = table.rights[slots] < need[at:]
+        first = int(miss.argmax())
+        ran = first if miss[first] else len(slots)
+        if ran:
+            table.young(slots[:ran], writes[at : at + ran])
+            at += ran
+        if at < len(pages):
+            ahead = at + np.flatnonzero(miss[ran : ran + _AHEAD])
+            yield from do_user_addr_fault(mm, thread, pages[ahead], bool(writes[at]), writes[ahead])
+
+
+@waiting_step
+def do_user_addr_fault(
+    mm: Mm, thread: Thread, pages: NDArray[np.int64], write: bool, writes: NDArray[np.bool_] | None = None
+) -> Wait:
+    """Take the fault of the first of `pages`, and those of the next ones that are alike: same area, same access.
+
+    The area's own lock is not simulated: the first try has FAULT_FLAG_VMA_LOCK, but what it holds is a share of the
+    mmap lock. A try that comes back with VM_FAULT_RETRY has given it up, and the next one is made without the flag.
+    """
+    before = mm.faults
+    flags = FAULT_FLAG_USER | FAULT_FLAG_ALLOW_RETRY | FAULT_FLAG_VMA_LOCK | (FAULT_FLAG_WRITE if write else 0)
+    while True:
+        yield from mm.mmap_lock.read_acquire(thread)
+        vma = mm.find(int(pages[0]))
+        if vma is None or access_error(vma, write):
+            yield from mm.mmap_lock.read_release(thread)
+            _bad_area(thread, int(pages[0]), vma)
+        assert vma is not None
+        some = _alike(mm, vma, pages, write, writes)
+        thread.note(va=int(pages[0]) * PAGE, pages=len(some), cause="write" if write else "read")
+        result: int = yield from handle_mm_fault(vma, thread, some * PAGE, flags)
+        if not result & VM_FAULT_RETRY:
+            break
+        flags = (flags & ~FAULT_FLAG_VMA_LOCK) | (0 if flags & FAULT_FLAG_VMA_LOCK else FAULT_FLAG_TRIED)
+    yield from mm.mmap_lock.read_release(thread)
+    thread.charge(mm.costs.fault_entry * max(mm.faults - before, 1))
+    if result & VM_FAULT_ERROR:
+        _fail(thread, int(pages[0]), result)
+
+
+def _alike(
+    mm: Mm, vma: Vma, pages: NDArray[np.int64], write: bool, writes: NDArray[np.bool_] | None
+) -> NDArray[np.int64]:
+    """Return the pages to fault in together: not more than half of free memory, so that the first one survives."""
+    limit = max(1, min(_AHEAD, max(mm.memory.free_pages // 2, min(512, mm.memory.system_frames // 16))))
+    other = (pages < vma.first) | (pages >= vma.end)
+    if writes is not None:
+        other |= writes != write
+    end = int(other.argmax()) if other.any() else len(pages)
+    some = np.sort(pages[:end][:limit])
+    return np.asarray(some[np.diff(some, prepend=-1) != 0])
+
+
+def access_error(vma: Vma, write: bool) -> bool:
+    """Whether an area does not allow an access."""
+    return not vma.writable if write else not vma.flags & VM_ACCESS_FLAGS
+
+
+def _bad_area(thread: Thread, page: int, vma: Vma | None) -> None:
+    thread.note(va=page * PAGE, status="SIGSEGV")
+    why = "no area there" if vma is None else f"{vma} does not allow it"
+    raise DriverError(errno.EFAULT, "SIGSEGV", "do_user_addr_fault", f"address {page * PAGE:#x}: {why}")
+
+
+def _fail(thread: Thread, page: int, result: int) -> None:
+    if result & VM_FAULT_OOM:
+        thread.note(va=page * PAGE, status="OOM-kill")
+        raise DriverError(errno.ENOMEM, "OOM-kill", "do_user_addr_fault", f"address {page * PAGE:#x}: memory is out")
+    word = "SIGBUS" if result & (VM_FAULT_SIGBUS | VM_FAULT_HWPOISON) else "SIGSEGV"
+    thread.note(va=page * PAGE, status=word)
+    raise DriverError(errno.EFAULT, word, "do_user_addr_fault", f"address {page * PAGE:#x}: fault code {result:#x}")
+
+
+def _pages_with_right(mm: Mm, thread: Thread, pages: NDArray[np.int64], write: bool) -> Wait:
+    """Touch pages; return the frames of the longest beginning of them that is all there at this moment."""
+    while True:
+        yield from touch(mm, thread, pages, write)
+        slots = mm.table.slots_of(pages)
+        there = mm.table.rights[slots] >= (2 if write else 1)
+        count = len(pages) if there.all() else int(there.argmin())
+        if count:
+            return mm.table.frame[slots[:count]].copy()
+
+
+def read_bytes(mm: Mm, thread: Thread, start: int, length: int) -> Wait:
+    """Load `length` bytes from address `start`; returns ndarray of uint8. Frames must carry whole pages."""
+    _whole_pages(mm)
+    first, last = start // PAGE, (start + length - 1) // PAGE
+    parts, at = [], first
+    while at <= last:
+        frames = yield from _pages_with_right(mm, thread, np.arange(at, min(last + 1, at + _AHEAD)), False)
+        parts.append(mm.memory.payload[frames].reshape(-1).view(np.uint8))
+        at += len(frames)
+    whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return whole[start - first * PAGE :][:length].copy()
+
+
+def write_bytes(mm: Mm, thread: Thread, start: int, data: NDArray[np.uint8]) -> Wait:
+    """Store bytes at address `start`. Frames must carry whole pages."""
+    _whole_pages(mm)
+    data = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+    done = 0
+    while done < len(data):
+        page, inside = divmod(start + done, PAGE)
+        pages = np.arange(page, min(-(-(start + len(data)) // PAGE), page + _AHEAD))
+        frames = yield from _pages_with_right(mm, thread, pages, True)
+        size = min(len(frames) * PAGE - inside, len(data) - done)
+        content = mm.memory.payload[frames].view(np.uint8).reshape(-1)
+        content[inside : inside + size] = data[done : done + size]
+        mm.memory.payload[frames] = content.view(np.uint64).reshape(len(frames), -1)
+        done += size
+
+
+def load(mm: Mm, thread: Thread, pages: NDArray[np.int64]) -> Wait:
+    """Load each page's stamp (its first word); returns ndarray of uint64, shape (n,)."""
+    pages = np.asarray(pages, dtype=np.int64)
+    found = np.empty(len(pages), dtype=np.uint64)
+    at = 0
+    while at < len(pages):
+        frames = yield from _pages_with_right(mm, thread, pages[at : at + _AHEAD], False)
+        found[at : at + len(frames)] = mm.memory.payload[frames, 0]
+        at += len(frames)
+    return found
+
+
+def store(mm: Mm, thread: Thread, pages: NDArray[np.int64], stamps: NDArray[np.uint64] | int) -> Wait:
+    """Store a stamp into the first word of each page."""
+    pages = np.asarray(pages, dtype=np.int64)
+    stamps = np.broadcast_to(np.asarray(stamps, dtype=np.uint64), pages.shape)
+    at = 0
+    while at < len(pages):
+        frames = yield from _pages_with_right(mm, thread, pages[at : at + _AHEAD], True)
+        mm.memory.payload[frames, 0] = stamps[at : at + len(frames)]
+        at += len(frames)
+
+
+def _whole_pages(mm: Mm) -> None:
+    if mm.memory.payload_bytes != PAGE:
+        raise ValueError(f"payload_bytes = {mm.memory.payload_bytes}: bytes are there only with 4096")

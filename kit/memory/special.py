@@ -1,0 +1,49 @@
+"""What drivers put into areas of their own that is no memory, and how they take it back (mm/memory.c @ 7.0)."""
+
+from __future__ import annotations
+
+from errno import EINVAL
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kit.errors import Errno
+from kit.memory.types import PAGE, VM_DONTEXPAND, VM_IO, VM_PFNMAP, VM_SHARED, Bit, Kind
+from kit.memory.zap import zap_page_range_single
+from kit.sim.trace import step, waiting_step
+
+if TYPE_CHECKING:
+    from kit.memory.file import File
+    from kit.memory.vma import Vma
+    from kit.sim.engine import Thread, Wait
+
+__all__ = ["remap_pfn_range", "unmap_mapping_range", "zap_vma_ptes"]
+
+
+@step
+def remap_pfn_range(vma: Vma, thread: Thread, address: int, pfn: int, pages: int) -> int:
+    """Map raw page frames without struct page (registers, carve-outs) from `address`; returns 0 or -EINVAL."""
+    first = address // PAGE
+    if first < vma.first or first + pages > vma.end:
+        return Errno(EINVAL, "remap_pfn_range", f"{address:#x} and {pages} pages are not within the area")
+    vma.flags |= VM_IO | VM_PFNMAP | VM_DONTEXPAND
+    slots = vma.mm.table.slots(first, pages, create=True)
+    bits = Bit.SPECIAL | Bit.YOUNG | (Bit.WRITABLE if vma.writable and vma.flags & VM_SHARED else 0)
+    vma.mm.table.set_entries(slots, Kind.PRESENT, bits, np.arange(pfn, pfn + pages))
+    thread.charge(vma.mm.costs.pte_write * pages)
+    return 0
+
+
+def zap_vma_ptes(vma: Vma, thread: Thread, address: int, length: int) -> Wait:
+    """Remove a driver's own entries from bytes [address, address + length) of its area."""
+    yield from zap_page_range_single(vma, thread, address // PAGE, length // PAGE)
+
+
+@waiting_step
+def unmap_mapping_range(file: File, thread: Thread, first: int, count: int) -> Wait:
+    """Zap indices [first, first + count) of a file, or of a driver's device file, wherever they are mapped."""
+    for vma in list(file.vmas):
+        low = max(vma.pgoff, first) - vma.pgoff + vma.first
+        high = min(vma.pgoff + vma.pages, first + count) - vma.pgoff + vma.first
+        if low < high:
+            yield from zap_page_range_single(vma, thread, low, high - low)
