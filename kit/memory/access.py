@@ -141,6 +141,7 @@ def _fail(thread: Thread, page: int, result: int) -> None:
 
 def _pages_with_right(mm: Mm, thread: Thread, pages: NDArray[np.int64], write: bool) -> Wait:
     """Touch pages; return the frames of the longest beginning of them that is all there at this moment."""
+    pages = pages[: max(1, mm.memory.system_frames // 8)]
     while True:
         yield from touch(mm, thread, pages, write)
         slots = mm.table.slots_of(pages)
@@ -148,6 +149,7 @@ def _pages_with_right(mm: Mm, thread: Thread, pages: NDArray[np.int64], write: b
         count = len(pages) if there.all() else int(there.argmin())
         if count:
             return mm.table.frame[slots[:count]].copy()
+        pages = pages[: max(1, len(pages) // 2)]  # memory is short: the last ones pushed the first ones out
 
 
 def read_bytes(mm: Mm, thread: Thread, start: int, length: int) -> Wait:

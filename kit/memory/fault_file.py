@@ -81,24 +81,52 @@ def _driver_fault(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int
 
 @waiting_step
 def do_read_fault(vma: Vma, thread: Thread, pages: NDArray[np.int64], file: File) -> Wait:
-    """Map pages of a file, and what the cache holds around them in windows of 16 (do_fault_around); VM_FAULT_*."""
-    mm, table = vma.mm, vma.mm.table
-    windows = pages // FAULT_AROUND_PAGES
-    starts = windows[np.diff(windows, prepend=-1) != 0]
-    mm.count_faults(thread, len(starts))
-    for portion in portions(mm, pages):
-        if (yield from get_pages(file, thread, mm, portion - vma.first + vma.pgoff)) is None:
-            return VM_FAULT_OOM
-    around = (starts[:, None] * FAULT_AROUND_PAGES + np.arange(FAULT_AROUND_PAGES)).ravel()
-    around = around[(around >= vma.first) & (around < vma.end)]
-    around = around[around - vma.first + vma.pgoff < file.pages]
+    """Map pages of a file: what its cache holds in a window around each, else the page itself, read in; VM_FAULT_*."""
+    mm = vma.mm
+    left = _unmapped(vma, pages)
+    while len(left):
+        mm.count_faults(thread, do_fault_around(vma, thread, left, file))
+        left = _unmapped(vma, left)
+        if not len(left):
+            break
+        block = (left - vma.first + vma.pgoff) // file.ra_pages
+        cold = left if file.shmem else left[np.diff(block, prepend=-1) != 0]  # readahead brings the others
+        mm.count_faults(thread, len(cold))
+        for portion in portions(mm, cold):
+            pfns = yield from get_pages(file, thread, mm, portion - vma.first + vma.pgoff)
+            if pfns is None:
+                return VM_FAULT_OOM
+            slots = vma.mm.table.slots_of(portion, create=True)
+            free = vma.mm.table.kind[slots] == Kind.NONE
+            map_page(vma, thread, portion[free], pfns[free], False)
+        left = _unmapped(vma, left)
+    return 0
+
+
+def _unmapped(vma: Vma, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.asarray(pages[vma.mm.table.kind[vma.mm.table.slots_of(pages)] == Kind.NONE])
+
+
+def do_fault_around(vma: Vma, thread: Thread, pages: NDArray[np.int64], file: File) -> int:
+    """Map cached, unlocked pages in the windows of 16 around `pages`; return how many faults that served.
+
+    A window starts at a multiple of 16 pages, or where its area or leaf table does, and ends with them.
+    """
+    mm, table, width = vma.mm, vma.mm.table, FAULT_AROUND_PAGES
+    starts = np.maximum(pages // width * width, vma.first)
+    starts = starts[np.diff(starts, prepend=-1) != 0]
+    around = (starts[:, None] + np.arange(width)).ravel()
+    inside = (around < vma.end) & (around >> 9 == np.repeat(starts, width) >> 9)
+    inside &= around - vma.first + vma.pgoff < file.pages
+    around = around[inside]
+    around = around[np.diff(np.maximum.accumulate(around), prepend=-1) > 0]
     pfns = file.cache[around - vma.first + vma.pgoff]
-    wanted = np.isin(around, pages) if len(pages) < len(around) else np.ones(len(around), dtype=bool)
-    ready = (pfns >= 0) & (wanted | ((mm.memory.flags[np.maximum(pfns, 0)] & (PG.LOCKED | PG.HWPOISON)) == 0))
-    slots = table.slots_of(around, create=True)
+    ready = (pfns >= 0) & ((mm.memory.flags[np.maximum(pfns, 0)] & (PG.LOCKED | PG.HWPOISON)) == 0)
+    slots = table.slots_of(around)
     ready &= table.kind[slots] == Kind.NONE
     map_page(vma, thread, around[ready], pfns[ready], False)
-    return 0
+    served = pages[table.kind[table.slots_of(pages)] != Kind.NONE] // width
+    return int((np.diff(served, prepend=-1) != 0).sum())
 
 
 @waiting_step

@@ -31,13 +31,9 @@ def get_pages(file: File, thread: Thread, mm: Mm, indices: NDArray[np.int64], re
         absent = file.cache[indices] < 0
         if not absent.any():
             return file.cache[indices].copy()
-        want = np.zeros(file.pages, dtype=bool)
-        want[indices[absent]] = True
-        if readahead and not file.shmem and len(indices) < memory.free_pages // 4:
-            half = file.ra_pages // 2
-            for at in indices[absent].tolist() if absent.sum() < 64 else ():
-                want[max(0, at - half) : max(0, at - half) + file.ra_pages] = True
-        missing = np.flatnonzero(want & (file.cache < 0))
+        missing = indices[absent]
+        if readahead and not file.shmem and len(missing) * file.ra_pages < memory.free_pages // 4:
+            missing = _read_around(file, missing)
         new = yield from alloc_folios(mm, thread, len(missing))
         if new is None:
             return None
@@ -45,6 +41,14 @@ def get_pages(file: File, thread: Thread, mm: Mm, indices: NDArray[np.int64], re
         memory.put(new[~still])
         _fill(file, thread, mm, missing[still], new[still])
     return None
+
+
+def _read_around(file: File, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what is not cached of the windows of `ra_pages` around each index (do_sync_mmap_readahead)."""
+    starts = np.maximum(indices - file.ra_pages // 2, 0)
+    around = np.sort((starts[:, None] + np.arange(file.ra_pages)).ravel())
+    around = around[(np.diff(around, prepend=-1) != 0) & (around < file.pages)]
+    return np.asarray(around[file.cache[around] < 0])
 
 
 def _fill(file: File, thread: Thread, mm: Mm, missing: NDArray[np.int64], new: NDArray[np.int32]) -> None:

@@ -57,8 +57,6 @@ def fork(mm: Mm, thread: Thread) -> Wait:
             failed = yield from copy_page_range(new, thread, vma)
             if failed:
                 break
-        elif vma.is_anonymous:  # nothing but zero pages may be there
-            failed = yield from copy_page_range(new, thread, vma)
     yield from mm.mmap_lock.write_release(thread)
     if failed:
         yield from exit_mmap(child, thread)

@@ -6,6 +6,7 @@ from errno import EFAULT, EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kit.errors import Errno
 from kit.memory.collapse import madvise_collapse
@@ -51,6 +52,7 @@ from kit.memory.zap import free_swap_and_cache, zap_page_range_single
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:
+    from kit.memory.cpu_table import CpuTable
     from kit.memory.mm import Mm
     from kit.memory.vma import Vma
     from kit.sim.engine import Thread, Wait
@@ -170,9 +172,16 @@ def _one(vma: Vma, thread: Thread, first: int, count: int, advice: int) -> Wait:
 def _cold(vma: Vma, first: int, count: int) -> None:
     """MADV_COLD: what was used is forgotten, so that reclaim takes it sooner."""
     table = vma.mm.table
-    slots = table.occupied(first, count)
+    slots = _whole_leaves(table, table.occupied(first, count), first, count)
     present = slots[table.kind[slots] == Kind.PRESENT]
     table.bits[present] &= ~np.uint8(Bit.YOUNG)
+
+
+def _whole_leaves(table: CpuTable, slots: NDArray[np.int64], first: int, count: int) -> NDArray[np.int64]:
+    """Leave out entries of PMD leaves that the range covers only in part."""
+    start = table.number[slots >> 9] << 9
+    whole = (start >= first) & (start + HPAGE_PMD_NR <= first + count)
+    return np.asarray(slots[whole | (table.leaf_level[slots >> 9] == Leaf.PTE)])
 
 
 @waiting_step
@@ -182,7 +191,7 @@ def madvise_free_single_vma(vma: Vma, thread: Thread, first: int, count: int) ->
     thread.note(va=first * PAGE, pages=count)
     told = yield from invalidate_start(mm, thread, first, count, EVENTS.CLEAR)
     yield from _split_partial(vma, thread, first, count)
-    slots = table.occupied(first, count)
+    slots = _whole_leaves(table, table.occupied(first, count), first, count)
     kind = table.kind[slots]
     swapped = slots[(kind == Kind.SWAP) | (kind == Kind.HWPOISON)]
     entries = table.frame[swapped][table.kind[swapped] == Kind.SWAP]

@@ -44,8 +44,8 @@ def try_to_free_pages(mm: Mm, thread: Thread, want: int) -> Wait:
             thread.charge(mm.costs.lru_page * len(oldest))
             if not len(oldest):
                 return freed
-            look_at -= len(oldest)
-            cold = _put_back_used(memory, oldest, max(want - freed, SWAP_CLUSTER_MAX))
+            cold, spared = _put_back_used(memory, oldest, max(want - freed, SWAP_CLUSTER_MAX))
+            look_at -= len(oldest) - spared
             got = (yield from shrink_folio_list(memory, thread, cold, True)) if len(cold) else 0
             freed += got
             batch = SWAP_CLUSTER_MAX if got else 2 * batch  # the kernel keeps to its batch: here it saves host time
@@ -54,21 +54,24 @@ def try_to_free_pages(mm: Mm, thread: Thread, want: int) -> Wait:
 
 def _isolate_lru_folios(memory: PhysicalMemory, n: int) -> NDArray[np.int64]:
     """Take up to `n` folios that are longest on the LRU off it."""
-    for _round in range(2):
+    fresh = False
+    while True:
         if not len(memory.lru_queue):
+            if fresh:
+                return memory.lru_queue  # nothing is on the LRU
             on = np.flatnonzero(memory.flags & PG.LRU)
             memory.lru_queue = on[np.argsort(memory.lru_stamp[on], kind="stable")]
-            memory.lru_cut = memory.stamps
+            memory.lru_cut, fresh = memory.stamps, True
         some, memory.lru_queue = memory.lru_queue[:n], memory.lru_queue[n:]
         some = some[((memory.flags[some] & PG.LRU) != 0) & (memory.lru_stamp[some] < memory.lru_cut)]
         if len(some):
             break
     memory.lru_isolate(some)
-    return some
+    return np.asarray(some)
 
 
-def _put_back_used(memory: PhysicalMemory, folios: NDArray[np.int64], want: int) -> NDArray[np.int64]:
-    """Send folios that were used round again; return the first `want` of the others, the rest stay the oldest."""
+def _put_back_used(memory: PhysicalMemory, folios: NDArray[np.int64], want: int) -> tuple[NDArray[np.int64], int]:
+    """Send folios that were used round again; return the first `want` of the others, and how many stay the oldest."""
     used = _referenced(memory, folios)
     memory.lru_putback(folios[used])
     cold = folios[~used]
@@ -76,7 +79,7 @@ def _put_back_used(memory: PhysicalMemory, folios: NDArray[np.int64], want: int)
     memory.flags[spare] |= PG.LRU
     memory.put(spare)
     memory.lru_queue = np.concatenate([spare, memory.lru_queue])
-    return cold[:want]
+    return cold[:want], len(spare)
 
 
 @waiting_step
@@ -155,6 +158,8 @@ def _referenced(memory: PhysicalMemory, pfns: NDArray[np.int64]) -> NDArray[np.b
         young = (table.bits[slots] & Bit.YOUNG) != 0
         used[which[young]] = True
         table.bits[slots[young]] &= ~np.uint8(Bit.YOUNG)
+        leaves = slots[young & (table.leaf_level[slots >> 9] > 0)] >> 9  # one entry, kept 512 times
+        table.bits.reshape(-1, HPAGE_PMD_NR)[leaves] &= np.uint8(0xFF ^ Bit.YOUNG)
         if vma.flags & VM_LOCKED:
             used[which] = True
     return used

@@ -84,7 +84,8 @@ def folio_free_swap(memory: PhysicalMemory, pfns: NDArray[np.integer]) -> NDArra
     """
     cached = (memory.flags[pfns] & PG.SWAPCACHE) != 0
     slots = memory.swap_slot[pfns]
-    idle = cached & (memory.swap.count[slots] == 0)
+    idle = cached.copy()
+    idle[cached] = memory.swap.count[slots[cached]] == 0
     memory.swap.cache[slots[idle]] = -1
     memory.swap.release(slots[idle])
     memory.flags[pfns[idle]] = (memory.flags[pfns[idle]] & ~np.uint16(PG.SWAPCACHE)) | np.uint16(PG.DIRTY)

@@ -82,6 +82,8 @@ class Machine:
         ``copy_htod`` and ``copy_dtoh``.
     nodes, links : list
         Plain rows from which `graph` is made.
+    system : str
+        Driver whose constants it has (``uvm``, ``hmm``, ...): which flows can run on it.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Machine:
     curves: dict[str, Curve]
     nodes: list[dict[str, Any]] = field(default_factory=list)
     links: list[dict[str, Any]] = field(default_factory=list)
+    system: str = "uvm"
 
     def __getitem__(self, name: str) -> float:
         try:
@@ -111,10 +114,11 @@ class Machine:
         return graph
 
 
-def machines() -> list[str]:
-    """Return the names of the profiles, ascending."""
+def machines(system: str = "") -> list[str]:
+    """Return the names of the profiles, ascending: of all, or of those with the constants of a driver."""
     folder = resources.files("kit.sim") / "machines"
-    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return [name for name in names if load_machine(name).system == system] if system else names
 
 
 @cache
@@ -136,8 +140,9 @@ def load_machine(name: str) -> Machine:
     if wrong:
         raise ParameterError("machine", name, "a profile whose constants all say source and basis: " + ", ".join(wrong))
     return Machine(
-        name, data["title"], data["architecture"], constants, curves, data.get("nodes", []), data.get("links", [])
-    )
+        name, data["title"], data["architecture"], constants, curves, data.get("nodes", []), data.get("links", []),
+        data.get("system", "uvm"),
+    )  # fmt: skip
 
 
 def resolve(name: str, read: Callable[[str], Mapping[str, Any]], extended_by: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -238,4 +239,20 @@ def test_content_and_rights_are_those_of_dictionaries(steps: list[tuple[str, int
 def test_so_they_are_when_memory_is_short(steps: list[tuple[str, int, int, int, int]], thp: str) -> None:
     world = World(2000, 1 << 14)
     world.memory.thp = thp
+    play(world, steps)
+
+
+@pytest.mark.parametrize("seed", [1158, 500056, *range(6)])
+def test_so_they_are_in_longer_programs(seed: int) -> None:
+    """The first two once met memory that was out while old pages were left, and a huge entry half marked as unused."""
+    draw = random.Random(seed)
+    steps = [
+        (
+            draw.choice(OPERATIONS), draw.randrange(3), draw.choice([0, 0, 1, 100, 511, 512, 1000, 1024]),
+            draw.choice([1, 5, 300, 512, 1024]), draw.randrange(20),
+        )
+        for _ in range(draw.randint(5, 30))
+    ]  # fmt: skip
+    world = World(2000, 1 << 14)
+    world.memory.thp = "always" if seed > 1158 else "madvise"
     play(world, steps)
