@@ -128,5 +128,5 @@ def mlx5_core_query_mkey(hca: Hca, thread: Thread, key: int) -> Wait:
     mkey = hca.mkeys.get(key)
     if mkey is None:
         return Errno(errno.EINVAL, "mlx5_core_query_mkey", f"key {key:#x} does not exist")
-    klms = mkey.xlt.copy() if mkey.xlt.dtype == KLM else np.zeros(0, dtype=KLM)
+    klms = mkey.entries.copy() if mkey.entries.dtype == KLM else np.zeros(0, dtype=KLM)
     return QueryMkeyOut(mkey.mkc.copy(), klms)

@@ -50,7 +50,8 @@ def mlx5_ib_dereg_mr(mr: Mlx5IbMr, thread: Thread) -> Wait:
     if mmkey.usecount and xa_erase(dev.odp_mkeys, thread, base_mkey(mmkey.key)) is not None:
         if dev.era == Era.OLD:
             yield from synchronize_srcu(dev, thread)
-            mmkey.usecount = 0
+            mmkey.usecount -= 1  # what is left are prefetches, whose work queue is flushed
+            yield from mmkey.wait.wait_event(thread, lambda: mmkey.usecount == 0)
         else:
             yield from mlx5r_deref_wait_odp_mkey(mmkey, thread)
     ret = yield from stop_dma(mr, thread)

@@ -113,6 +113,8 @@ class UmrWqe:
     xlt_offset, xlt_octowords : int
         Where the translation entries go and how many, in 16-byte units.
     xlt : ndarray of uint64 (MTT) or of `KLM` records (KSM, KLM), or None without a data segment
+    zeros : bool
+        All of `xlt` is zero, so that it need not be looked at.
     """
 
     mkey: int
@@ -122,6 +124,7 @@ class UmrWqe:
     xlt_offset: int = 0
     xlt_octowords: int = 0
     xlt: NDArray[Any] | None = None
+    zeros: bool = False
 
 
 class Sge(NamedTuple):

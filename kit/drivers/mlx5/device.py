@@ -88,6 +88,14 @@ class OdpOptions:
         dereg revokes under umem_mutex and detaches the region first (abb604a1a9c8); None: as in the era.
     child_cmpxchg : bool or None
         An unused child leaves its parent by compare-and-exchange (d3d930411ce3); None: as in the era.
+    private_hmm_pfns : bool
+        `hmm_range_fault` writes into an array of its own, and the region's list changes under umem_mutex only. No
+        release up to 7.0 does this. Without it entries of a fault that failed, or is not checked yet, are valid in
+        the list, and since the list is where translations are made from (6.15), a neighbour's fault programs them.
+    memory_fault_holds_parent : bool
+        Memory scheme: a fault that was reported for an implicit region's null key or child also takes a use of the
+        region itself. No release up to 7.0 does: deregistering does not wait for such a fault, which then writes to
+        a revoked key.
     lazy_umr : bool
         The UMR queue pair is made by the first registration (since 6.11) and not with the device.
     task_size : int
@@ -105,6 +113,8 @@ class OdpOptions:
     handled_counters: bool | None = None
     revoke_under_lock: bool | None = None
     child_cmpxchg: bool | None = None
+    private_hmm_pfns: bool = False
+    memory_fault_holds_parent: bool = False
     lazy_umr: bool = True
     task_size: int = TASK_SIZE
     pf_max_active: int = 32

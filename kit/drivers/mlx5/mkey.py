@@ -91,28 +91,42 @@ class HwMkey:
     mkc : Mkc
     pg_access : bool
         A missing entry is a page fault; without it, an error.
-    xlt : ndarray of uint64 (MTT), or of `KLM` records; zeros at first (lazily backed)
     """
 
-    __slots__ = ("_xlt", "index", "mkc", "pg_access")
+    __slots__ = ("_high", "_low", "_xlt", "index", "mkc", "pg_access")
 
     def __init__(self, index: int, mkc: Mkc, pg_access: bool) -> None:
         self.index, self.mkc, self.pg_access = index, mkc, pg_access
         self._xlt: NDArray[Any] | None = None
+        self._low, self._high = 1 << 62, 0  # entries outside have been zero ever since the table was made
 
     @property
     def xlt(self) -> NDArray[Any]:
-        """Translation table; a key that nobody has used yet has not allocated it."""
+        """Translation table, to be changed at will: uint64 (MTT) or `KLM` records."""
+        self._low, self._high = 0, 1 << 62
+        return self.entries
+
+    @property
+    def entries(self) -> NDArray[Any]:
+        """Translation table, to be read; a key that nobody has used yet has not allocated it."""
         if self._xlt is None:
             octowords = -(-self.mkc.translations_octword_size // 4) * 4  # in the 64 bytes that UMR writes
             indirect = self.mkc.access_mode in (AccessMode.KSM, AccessMode.KLM)
             self._xlt = np.zeros(octowords, KLM) if indirect else np.zeros(2 * octowords, np.uint64)
         return self._xlt
 
-    @property
-    def entries(self) -> NDArray[Any]:
-        """Translation table, to be read."""
-        return self.xlt
+    def write(self, first: int, entries: NDArray[Any]) -> None:
+        """Overwrite entries from `first` on."""
+        self.entries[first : first + len(entries)] = entries
+        self._low, self._high = min(self._low, first), max(self._high, first + len(entries))
+
+    def clear(self, first: int, count: int) -> None:
+        """Zero `count` entries from `first` on; what has never been anything else is left alone."""
+        low, high = max(first, self._low), min(first + count, self._high)
+        if low < high:
+            self.entries[low:high] = 0
+        if first <= self._low and first + count >= self._high:
+            self._low, self._high = 1 << 62, 0
 
     @property
     def key(self) -> int:
@@ -158,9 +172,9 @@ class MkeyTable:
         mkey = HwMkey(self._next, mkc.copy(), pg_access)
         self._next += 1
         if klm_pas_mtt is not None:
-            if len(klm_pas_mtt) > len(mkey.xlt):
-                raise ValueError(f"{len(klm_pas_mtt)} translations for a table of {len(mkey.xlt)}")
-            mkey.xlt[: len(klm_pas_mtt)] = klm_pas_mtt
+            if len(klm_pas_mtt) > len(mkey.entries):
+                raise ValueError(f"{len(klm_pas_mtt)} translations for a table of {len(mkey.entries)}")
+            mkey.write(0, klm_pas_mtt)
         self.mkeys[mkey.index] = mkey
         return mkey
 
@@ -261,15 +275,15 @@ def _slots(mkey: HwMkey, va: int, length: int) -> list[tuple[int, int, int]]:
         size = 1 << mkc.log_page_size
         for slot in range(at >> mkc.log_page_size, ((end - 1) >> mkc.log_page_size) + 1):
             low = max(at, slot * size)
-            entry = mkey.xlt[slot] if slot < len(mkey.xlt) else np.zeros(1, dtype=KLM)[0]
+            entry = mkey.entries[slot] if slot < len(mkey.entries) else np.zeros(1, dtype=KLM)[0]
             found.append((int(entry["key"]), int(entry["va"]) + low - slot * size, min(end, (slot + 1) * size) - low))
         return found
-    starts = np.concatenate([[0], np.cumsum(mkey.xlt["bcount"].astype(np.int64))])
-    for slot in range(int(np.searchsorted(starts, at, side="right")) - 1, len(mkey.xlt)):
+    starts = np.concatenate([[0], np.cumsum(mkey.entries["bcount"].astype(np.int64))])
+    for slot in range(int(np.searchsorted(starts, at, side="right")) - 1, len(mkey.entries)):
         low, high = int(starts[slot]), int(starts[slot + 1])
         if low >= end:
             break
-        entry = mkey.xlt[slot]
+        entry = mkey.entries[slot]
         low = max(low, at)
         found.append((int(entry["key"]), int(entry["va"]) + low - int(starts[slot]), min(high, end) - low))
     return found
@@ -281,7 +295,7 @@ def _walk_mtt(mkey: HwMkey, key: int, va: int, length: int, write: bool) -> Tran
     shift = mkc.log_page_size
     base = mkc.start_addr >> shift
     first, last = (va >> shift) - base, ((va + length - 1) >> shift) - base
-    entries = mkey.xlt[first : last + 1]
+    entries = mkey.entries[first : last + 1]
     want = MTT_WRITE if write else MTT_READ
     missing = (entries.astype(np.uint64, copy=False) & np.uint64(want)) == 0
     offset = va & (PAGE - 1)

@@ -53,7 +53,9 @@ def zap(umem_odp: IbUmemOdp, thread: Thread, mr: Mlx5IbMr, start: int, end: int)
     low = start - umem_odp.start >> shift
     high = -(-(end - start) >> shift) + low
     thread.charge(dev.costs.scan_entry * (high - low))
-    blocks = blocks_to_zap(umem_odp.mapped(low, high), low, dev.options.of("invalidations_fixed", dev.era))
+    # Beyond what was ever mapped nothing opens a block, and the next unit but one closes any.
+    low, high = max(low, umem_odp.touched[0]), min(high, (umem_odp.touched[1] | UMR_BLOCK - 1) + 1 + UMR_BLOCK)
+    blocks = blocks_to_zap(umem_odp.mapped(low, max(low, high)), low, dev.options.of("invalidations_fixed", dev.era))
     for first, entries, _ in blocks:
         yield from mlx5r_umr_update_xlt(mr, thread, first, entries, 0, UPD_XLT_ZAP | UPD_XLT_ATOMIC)
     count(mr, thread, "invalidations", sum(counted for _, _, counted in blocks))

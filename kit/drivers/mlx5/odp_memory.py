@@ -36,6 +36,12 @@ def mlx5_ib_mr_memory_pfault_handler(pfault: Pagefault, thread: Thread) -> Wait:
         yield from mlx5_ib_page_fault_resume(pfault, thread, 1)
         return
     mr = region_of(mmkey)
+    held = dev.options.memory_fault_holds_parent and mr.mmkey is not mmkey
+    if held and not mr.mmkey.usecount:
+        mlx5r_deref_odp_mkey(mmkey, thread)
+        yield from mlx5_ib_page_fault_resume(pfault, thread, 1)
+        return
+    mr.mmkey.usecount += held
     before, after = pfault.prefetch_before_byte_count, pfault.prefetch_after_byte_count
     size = before + pfault.fault_byte_count + after
     ret = yield from pagefault_mr(mr, thread, pfault.va - before & U64_MAX, size, None, 0, True)
@@ -44,6 +50,8 @@ def mlx5_ib_mr_memory_pfault_handler(pfault: Pagefault, thread: Thread) -> Wait:
     if ret >= 0:
         count(mr, thread, "faults", ret)
     mlx5r_deref_odp_mkey(mmkey, thread)
+    if held:
+        mlx5r_deref_odp_mkey(mr.mmkey, thread)
     if ret < 0:
         yield from mlx5_ib_page_fault_resume(pfault, thread, 1)
     elif pfault.flags & LAST:

@@ -84,6 +84,7 @@ class IbUmemOdp:
     umem_mutex: Lock = field(default_factory=Lock, repr=False)
     private: Mlx5IbMr | None = field(default=None, repr=False)
     npages: int = 0
+    touched: tuple[int, int] = (0, 0)  # entries outside have never been anything but empty
     owner_alive: bool = True  # get_pid_task(tgid) finds the process
 
     def __post_init__(self) -> None:
@@ -92,6 +93,13 @@ class IbUmemOdp:
     def num_pages(self) -> int:
         """Entries of `dma_list` (ib_umem_odp_num_pages)."""
         return self.end - self.start >> self.page_shift
+
+    def touch(self, low: int, high: int) -> None:
+        """Note that entries [low, high) may be filled from now on."""
+        if self.touched[0] == self.touched[1]:
+            self.touched = low, high
+        else:
+            self.touched = min(self.touched[0], low), max(self.touched[1], high)
 
     def mapped(self, low: int, high: int) -> NDArray[np.bool_]:
         """Which of the entries [low, high) the invalidation scan takes for mapped."""

@@ -15,7 +15,7 @@ from kit.errors import Errno
 from kit.memory import hmm, mmu_notifier
 from kit.memory.exit import exit_mmap
 from kit.memory.hmm import HmmRange, hmm_pfn_to_pfn, hmm_range_fault
-from kit.memory.hmm_entries import HMM_PFN_ORDER_SHIFT, HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE
+from kit.memory.hmm_entries import HMM_PFN_INOUT_FLAGS, HMM_PFN_ORDER_SHIFT, HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE
 from kit.memory.mmu_notifier import MmuIntervalNotifier, mmu_interval_read_begin
 from kit.memory.types import PG
 from kit.sim.engine import Thread, Wait
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["ib_umem_odp_map_dma_and_lock", "ib_umem_odp_unmap_dma_pages", "mmput_async", "set_page_dirty"]
 
 ADDRESS = ~RIGHTS  # ODP_DMA_ADDR_MASK
+STICKY = np.uint64(HMM_PFN_INOUT_FLAGS)
 HMM_RANGE_DEFAULT_TIMEOUT = 1e6  # microseconds: 1000 ms (include/linux/hmm.h)
 NO_FLAGS = np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)  # ~HMM_PFN_FLAGS
 
@@ -88,13 +89,19 @@ def ib_umem_odp_map_dma_and_lock(
     size = 1 << shift
     start, end = user_virt & -size, user_virt + bcnt + size - 1 & -size
     first, pfns = start - umem_odp.start >> PAGE_SHIFT, end - start >> PAGE_SHIFT
+    umem_odp.touch(first >> shift - PAGE_SHIFT, first + pfns >> shift - PAGE_SHIFT)
     hmm_pfns = umem_odp.pfn_list[first : first + pfns]
     flags = _wanted(access_mask, fault)
+    if umem_odp.ibdev.options.private_hmm_pfns:
+        hmm_pfns = hmm_pfns.copy()
     range = HmmRange(
         notifier=umem_odp.notifier, notifier_seq=0, start=start, end=end, hmm_pfns=hmm_pfns, default_flags=flags
     )
     ret = yield from _fault_in(umem_odp, thread, range)
     if not ret:
+        if umem_odp.ibdev.options.private_hmm_pfns:
+            range.hmm_pfns = umem_odp.pfn_list[first : first + pfns]
+            range.hmm_pfns[:] = hmm_pfns & ~STICKY | range.hmm_pfns & STICKY
         thread.note(va=start, pages=pfns, bytes=bcnt, cause="fault" if fault else "snapshot")
         ret = _map_pages(umem_odp, thread, range, access_mask, fault)
         if ret < 0:
@@ -130,7 +137,8 @@ def _fault_in(umem_odp: IbUmemOdp, thread: Thread, range: HmmRange) -> Wait:
         if not mmu_interval_read_retry(umem_odp.notifier, thread, seq):
             return 0
         yield from umem_odp.umem_mutex.release(thread)
-        if umem_odp.ibdev.era == Era.OLD:  # before interval notifiers: let it end, then have the hardware fault again
+        # Before interval notifiers: let it end, then have the hardware fault again. A registration has no hardware.
+        if umem_odp.ibdev.era == Era.OLD and range.default_flags:
             yield from mmu_interval_read_begin(umem_odp.notifier, thread)
             return Errno(EAGAIN, "ib_umem_odp_map_dma_pages", "an invalidation came in between")
 
@@ -212,7 +220,9 @@ def ib_umem_odp_unmap_dma_pages(umem_odp: IbUmemOdp, thread: Thread, virt: int, 
     low = max(virt, umem_odp.start) - umem_odp.start >> shift
     high = -(-(min(bound, umem_odp.end) - umem_odp.start) >> shift) if bound > umem_odp.start else low
     thread.charge(dev.costs.scan_entry * max(high - low, 0))
-    step = 1 << shift - PAGE_SHIFT
+    start, step = low, 1 << shift - PAGE_SHIFT
+    low, high = max(low, umem_odp.touched[0]), min(high, umem_odp.touched[1])
+    high = max(low, high)
     pfns = umem_odp.pfn_list[low * step : high * step : step]
     dma = umem_odp.dma_list[low:high]
     if dev.era < Era.NEW:
@@ -231,4 +241,4 @@ def ib_umem_odp_unmap_dma_pages(umem_odp: IbUmemOdp, thread: Thread, virt: int, 
         umem_odp.npages -= len(at)
     if dev.era == Era.NEW:
         pfns &= NO_FLAGS
-    thread.note(va=umem_odp.start + (low << shift), pages=len(at))
+    thread.note(va=umem_odp.start + (start << shift), pages=len(at))

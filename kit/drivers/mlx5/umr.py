@@ -20,6 +20,7 @@ from kit.drivers.mlx5.objects import (
     UPD_XLT_ENABLE,
     UPD_XLT_INDIRECT,
     UPD_XLT_PD,
+    UPD_XLT_ZAP,
 )
 from kit.drivers.mlx5.odp_xlt import mlx5_odp_populate_xlt
 from kit.drivers.mlx5.umr_post import access_mask, mlx5r_umr_post_send_wait, pd_mask
@@ -42,6 +43,8 @@ MLX5_MAX_UMR_CHUNK = (1 << (MLX5_MAX_UMR_SHIFT + 4)) - UMR_ALIGNMENT  # bytes
 MLX5_SPARE_UMR_CHUNK = 0x10000
 OCTOWORD = 16
 MTT_SIZE, KSM_SIZE = 8, 16
+ZEROS: NDArray[np.uint64] = np.zeros(MLX5_MAX_UMR_CHUNK // MTT_SIZE, dtype=np.uint64)
+ZEROS.flags.writeable = False
 
 
 @dataclass
@@ -69,10 +72,13 @@ def align(value: int, to: int) -> int:
 
 
 @waiting_step
-def mlx5r_umr_alloc_xlt(dev: Mlx5IbDev, thread: Thread, nents: int, ent_size: int, cause: str) -> Wait:
+def mlx5r_umr_alloc_xlt(
+    dev: Mlx5IbDev, thread: Thread, nents: int, ent_size: int, cause: str, zap: bool = False
+) -> Wait:  # fmt: skip
     """Find a buffer: as large as wanted, else 64 KiB, else a page, else the emergency page, which never fails (umr.c).
 
-    `cause` says whether the allocator may reclaim: from within an invalidation it must not.
+    `cause` says whether the allocator may reclaim: from within an invalidation it must not. With `zap` nobody will
+    write to the buffer, so that one block of zeros serves all who ask.
     """
     inject = dev.inject
     kind = np.uint64 if ent_size == MTT_SIZE else KLM
@@ -82,7 +88,7 @@ def mlx5r_umr_alloc_xlt(dev: Mlx5IbDev, thread: Thread, nents: int, ent_size: in
             continue
         if not inject.hit(site):
             thread.note(bytes=limit, cause=cause)
-            return Xlt(np.zeros(limit // ent_size, dtype=kind), limit)
+            return Xlt(ZEROS[: limit // ent_size] if zap else np.zeros(limit // ent_size, dtype=kind), limit)
     yield from dev.xlt_emergency_page_mutex.acquire(thread)
     thread.note(bytes=PAGE, cause="emergency")
     return Xlt(np.zeros(PAGE // ent_size, dtype=kind), PAGE, emergency=True)
@@ -106,7 +112,8 @@ def mlx5r_umr_free_xlt(dev: Mlx5IbDev, thread: Thread, xlt: Xlt) -> Wait:
 def mlx5r_umr_create_xlt(dev: Mlx5IbDev, thread: Thread, nents: int, ent_size: int, flags: int) -> Wait:
     """Return a buffer that the hardware can read, or None (umr.c)."""
     cause = "GFP_ATOMIC" if flags & UPD_XLT_ATOMIC else "GFP_KERNEL"
-    xlt = yield from mlx5r_umr_alloc_xlt(dev, thread, nents, ent_size, cause)
+    zap = bool(flags & UPD_XLT_ZAP) and ent_size == MTT_SIZE
+    xlt = yield from mlx5r_umr_alloc_xlt(dev, thread, nents, ent_size, cause, zap)
     thread.charge(dev.costs.xlt_alloc)
     if dma_map_single(dev, thread, xlt.length):
         yield from mlx5r_umr_free_xlt(dev, thread, xlt)
@@ -213,6 +220,7 @@ def mlx5r_umr_update_xlt(mr: Mlx5IbMr, thread: Thread, idx: int, npages: int, pa
     if not indirect:
         pages_to_map = min(pages_to_map, cast("IbUmemOdp", mr.umem).num_pages() - idx)
     wqe = wqe_of(mr, thread, flags, page_shift, xlt)
+    wqe.zeros = bool(flags & UPD_XLT_ZAP) and not indirect
     ret, mapped = 0, 0
     while mapped < pages_to_map and not ret:
         npages = min(pages_iter, pages_to_map - mapped)

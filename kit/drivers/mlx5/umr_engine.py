@@ -43,9 +43,9 @@ def umr_refused(mkey: HwMkey | None, wqe: UmrWqe) -> str:
         return ""
     if wqe.xlt.nbytes % 64 or wqe.xlt_octowords * 16 > wqe.xlt.nbytes or wqe.xlt_offset % 4:
         return "translation entries are written in units of 64 bytes"
-    if wqe.xlt.dtype != mkey.xlt.dtype:
+    if wqe.xlt.dtype != mkey.entries.dtype:
         return "entries of another kind"
-    if (wqe.xlt_offset + wqe.xlt_octowords) * 16 > mkey.xlt.nbytes:
+    if (wqe.xlt_offset + wqe.xlt_octowords) * 16 > mkey.entries.nbytes:
         return "entries past the end of the key's table"
     return ""
 
@@ -53,9 +53,12 @@ def umr_refused(mkey: HwMkey | None, wqe: UmrWqe) -> str:
 def apply_umr(mkey: HwMkey, wqe: UmrWqe) -> None:
     """Write translations and the masked fields of the context."""
     if wqe.xlt is not None:
-        first = wqe.xlt_offset * 16 // mkey.xlt.itemsize
-        count = wqe.xlt_octowords * 16 // mkey.xlt.itemsize
-        mkey.xlt[first : first + count] = wqe.xlt[:count]
+        size = mkey.entries.itemsize
+        first, count = wqe.xlt_offset * 16 // size, wqe.xlt_octowords * 16 // size
+        if wqe.zeros:
+            mkey.clear(first, count)
+        else:
+            mkey.write(first, wqe.xlt[:count])
     if wqe.mkc is not None:
         for name in _names(int(wqe.mkey_mask)):
             setattr(mkey.mkc, name, getattr(wqe.mkc, name))
