@@ -14,16 +14,21 @@ from dataclasses import asdict
 
 from benchmarks.figure import Figure, report, timed
 
-CASES = ("imports", "touches", "sequential", "random", "oversubscribed", "notebook")
+CASES = (
+    "imports", "touches", "sequential", "random", "oversubscribed", "notebook", "hmm_range_fault", "hmm_migration",
+    "hmm_invalidations", "hmm_selftests", "hmm_schedules",
+)  # fmt: skip
 
 
 def measure(case: str) -> list[Figure]:
     """Run one case in this process."""
-    from benchmarks import start, streams, touches
+    from benchmarks import hmm, start, streams, touches
 
     cases = {
         "imports": start.imports, "touches": touches.measure, "sequential": streams.sequential,
         "random": streams.random, "oversubscribed": streams.oversubscribed, "notebook": start.notebook,
+        "hmm_range_fault": hmm.range_fault, "hmm_migration": hmm.migration, "hmm_invalidations": hmm.invalidations,
+        "hmm_selftests": hmm.selftests, "hmm_schedules": hmm.schedules,
     }  # fmt: skip
     return cases[case]()
 

@@ -19,8 +19,10 @@ EXPORTS = {
     "--json": "the result object",
     "--events": "the profiler's records as CSV",
     "--perfetto": "the timeline as Chrome JSON, for ui.perfetto.dev",
-    "--nsys": "an SQLite file as Nsight Systems exports it",
+    "--nsys": "an SQLite file as Nsight Systems exports it (CUDA)",
 }
+
+FLOW_EXPORTS = ("--nsys",)  # only of flows whose report lists them
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,7 +63,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_pairs(each)
     for option, what in EXPORTS.items():
         each.add_argument(option, metavar="OUT", help=f"write {what}")
-    each.add_argument("--nvprof", action="store_true", help="print the profiler's summary alone")
+    each.add_argument("--summary", "--nvprof", action="store_true", help="print the profiler's summary alone")
     each.add_argument("--quiet", action="store_true", help="print nothing but errors")
     each = command("check", "run a flow and check documented steps and page content")
     _add_scenario(each)

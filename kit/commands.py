@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kit import options as choices
 from kit import paths
-from kit.cli import EXPORTS, FAILED, OK
+from kit.cli import EXPORTS, FAILED, FLOW_EXPORTS, OK
 from kit.errors import ParameterError
 from kit.flows import registry
 from kit.outputs import STDOUT, ProgressLine, check_folder, check_targets, publish
@@ -97,8 +97,20 @@ def _export(run: Run, option: str, file: Path) -> None:
         write_nsys_sqlite(run, file)
 
 
+def _check_exports(flow: str, targets: dict[str, str]) -> None:
+    """Raise when an export is asked for that the flow has nothing to put into."""
+    from kit.report.flow_report import report_for
+
+    able = {option for option in EXPORTS if option not in FLOW_EXPORTS or option in report_for(flow).exports}
+    for option, target in targets.items():
+        if option not in able:
+            allowed = ", ".join(sorted(able))
+            raise ParameterError(option, target, f"an export of {flow}: {allowed}")
+
+
 def _run(options: Namespace) -> int:
     targets = {option: value for option in EXPORTS if (value := getattr(options, option[2:])) is not None}
+    _check_exports(options.flow, targets)
     check_targets(targets, piped=("--json", "--events"))
     flow, scenario, given = _given(options)
     parameters = registry.check(flow, given)
@@ -109,7 +121,7 @@ def _run(options: Namespace) -> int:
     publish({target: partial(_export, run, option) for option, target in targets.items()})
     if not options.quiet and STDOUT not in targets.values():
         _write(run.table(registry.entry(options.flow).table).to_text())
-        if not options.nvprof:
+        if not options.summary:
             _write("\n".join(["", *_metrics(run.metrics), "", *_health(run), f"wall clock: {wall:.2f} s"]))
     return OK
 

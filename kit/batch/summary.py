@@ -7,11 +7,11 @@ from typing import Any
 
 __all__ = ["COLUMNS", "METRICS", "amount", "bytes_in_words", "figures", "summary_table"]
 
-# Column of the summary: the metrics that it adds up, and what the sum is multiplied with. A flow has some of them.
+# Column of the summary: the metric that it is, or else those that it adds up; and what it is multiplied with.
 METRICS = {
-    "simulated s": (("simulated_us",), 1e-6),
-    "faults": (("faults", "cpu_faults", "gpu_faulting_pages"), 1),
-    "bytes moved": (("bytes_moved", "htod_bytes", "dtoh_bytes"), 1),
+    "simulated s": ("simulated_us", (), 1e-6),
+    "faults": ("faults", ("cpu_faults", "gpu_faulting_pages"), 1),
+    "bytes moved": ("bytes_moved", ("htod_bytes", "dtoh_bytes"), 1),
 }
 COLUMNS = ("flow", "scenario", "wall s", *METRICS, "steps reached", "lost pages")
 
@@ -46,8 +46,8 @@ def figures(result: Mapping[str, Any]) -> dict[str, Any]:
     """
     metrics, steps, content = result["metrics"], result["conformance"], result["integrity"]
     found: dict[str, Any] = {}
-    for column, (names, scale) in METRICS.items():
-        had = [metrics[name] for name in names if name in metrics]
+    for column, (name, parts, scale) in METRICS.items():
+        had = [metrics[name]] if name in metrics else [metrics[part] for part in parts if part in metrics]
         found[column] = sum(had) * scale if had else None
     found["steps reached"] = amount(steps["steps_reached"])
     found["steps documented"] = amount(steps["steps_documented"])

@@ -110,6 +110,8 @@ class Step:
         What a reader should know beside that, or ``""``.
     requires : dict
         Values of parameters that the step needs, when some keep it out of reach.
+    together : bool
+        Whether a trace may hold one span for several calls in a row, such as a fault at each of many pages.
     """
 
     name: str
@@ -119,11 +121,12 @@ class Step:
     when: str
     note: str = ""
     requires: Mapping[str, Any] = field(default_factory=dict)
+    together: bool = False
 
     @cached_property
     def order(self) -> Order:
-        """Return the order in which this step may call others."""
-        return Order(self.calls)
+        """Return the order in which this step may call others; one span of several calls may start it again."""
+        return Order([self.calls] if self.together and self.calls else self.calls)
 
     def callees(self) -> list[str]:
         """Return the direct callees without repetition, by first position."""
@@ -150,26 +153,25 @@ class Documented:
         for row in data["steps"]:
             if row["name"] in self.steps:
                 raise FlowFileError(f"{self.flow}: step {row['name']} is defined twice")
-            self.steps[row["name"]] = Step(**row)
+            self.steps[row["name"]] = Step(**row, together=row["name"] in data.get("together", ()))
         self.roots: list[str] = data["roots"]
         self.events: list[str] = data["events"]
         self.hardware: list[str] = data["hardware"]
         self._validate()
 
     @classmethod
-    def load(cls, flow: str) -> Documented:
-        """Read a flow's ``flow.yaml``."""
+    def load(cls, flow: str, variant: str = "") -> Documented:
+        """Read a flow's ``flow.yaml``, in a variant of the system that it names (another version) when one is given."""
         from kit.paths import flow_file
 
-        return cls.read(flow_file(flow))
+        return cls.read(flow_file(flow), variant)
 
     @classmethod
-    def read(cls, path: Path) -> Documented:
-        """Read a file with documented steps."""
-        import yaml
+    def read(cls, path: Path, variant: str = "") -> Documented:
+        """Read a file with documented steps, and what it takes over from others."""
+        from kit.flows.documented_files import complete
 
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        return cls(yaml.load(path.read_text("utf-8"), Loader=loader))
+        return cls(complete(path, variant))
 
     def _validate(self) -> None:
         for step in self.steps.values():

@@ -65,6 +65,7 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, validate_default=True)
     flow: ClassVar[str] = ""
+    system: ClassVar[str] = "uvm"  # the machines that it can run on: profiles of this driver
 
     @classmethod
     def check(cls, given: Mapping[str, Any]) -> Self:

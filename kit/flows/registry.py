@@ -50,6 +50,10 @@ class Flow(Protocol):
     def Parameters(self) -> type[Parameters]:
         """The parameter model."""
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The methods of what `open` returns, in order; the notebook has a cell for each."""
+
     def run(self, parameters: Any, scenario: str = "", progress: Progress | None = None) -> Run:
         """Run to the end."""
 
@@ -71,12 +75,15 @@ class Entry:
         Scenario that ``make run`` executes.
     table : str
         Report that ``kit run`` prints.
+    report : str
+        Module whose ``REPORT`` says what the flow brings to the reports (a room above: imported on use).
     """
 
     name: str
     module: str
     default: str = "default"
     table: str = "nvprof"
+    report: str = "kit.report.cuda"
 
     def load(self) -> Flow:
         """Import the flow."""
@@ -85,7 +92,18 @@ class Entry:
 
 
 ENTRIES: dict[str, Entry] = {
-    each.name: each for each in (Entry("cuda_demand_paging", "kit.flows.cuda_demand_paging.flow"),)
+    each.name: each
+    for each in (
+        Entry("cuda_demand_paging", "kit.flows.cuda_demand_paging.flow"),
+        Entry("hmm_mirror", "kit.flows.hmm_mirror.flow", "default", "strace", "kit.report.hmm.report"),
+        Entry("mlx5_implicit_mr", "kit.flows.mlx5_implicit_mr.flow", "default", "rdma_stat", "kit.report.rdma.implicit"),
+        Entry("mlx5_odp_mr", "kit.flows.mlx5_odp_mr.flow", "default", "kinds", "kit.report.rdma.odp_mr"),
+        Entry("rc_pingpong", "kit.flows.rc_pingpong.flow", "default", "pingpong", "kit.report.rdma.pingpong"),
+        Entry(
+            "rdma_follows_migration", "kit.flows.rdma_follows_migration.flow", "default", "rdma_stat",
+            "kit.report.rdma.follows",
+        ),  # fmt: skip
+    )
 }
 
 
@@ -161,9 +179,10 @@ def check(flow: Flow, given: Mapping[str, Any]) -> Parameters:
     parameters = flow.Parameters.check(given)
     machine = getattr(parameters, "machine", None)
     if machine is not None:
-        from kit.sim.machine import load_machine
+        from kit.sim.machine import load_machine, machines
 
-        load_machine(machine)
+        if load_machine(machine).system != flow.Parameters.system:
+            raise ParameterError("machine", machine, "one of " + ", ".join(machines(flow.Parameters.system)))
     return parameters
 
 

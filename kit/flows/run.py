@@ -66,6 +66,10 @@ class Run:
         Stage name, start and end in microseconds.
     wall_s : float
         Wall-clock seconds (kept out of the result file, which repeats byte for byte).
+    errors : list of str
+        What went wrong in the program, in words.
+    views : dict
+        State that the flow's own pictures show beside the trace, such as copies of page tables; not in the result.
     """
 
     flow: str
@@ -80,6 +84,7 @@ class Run:
     stages: list[tuple[str, float, float]]
     wall_s: float = 0.0
     errors: list[str] = field(default_factory=list)
+    views: dict[str, Any] = field(default_factory=dict)
 
     @property
     def base(self) -> int:

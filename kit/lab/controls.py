@@ -26,13 +26,15 @@ class Control:
         A row of `Parameters.rows`.
     changed : callable
         Called without arguments after the value has changed.
+    system : str
+        Driver whose machines can be chosen; any when empty.
     """
 
-    def __init__(self, row: dict[str, Any], changed: Callable[[], None]) -> None:
+    def __init__(self, row: dict[str, Any], changed: Callable[[], None], system: str = "") -> None:
         self.row, self.name = row, str(row["name"])
         self._changed = changed
         self._label = widgets.HTML(layout=widgets.Layout(width=_WIDE, height="22px", margin="3px 0 0 0"))
-        self._input, inside = _input(row)
+        self._input, inside = _input(row, system)
         self._input.observe(self._moved, names="value")
         self.box = widgets.VBox([self._label, inside], layout=widgets.Layout(overflow="visible"))
         self._draw_label()
@@ -85,9 +87,9 @@ class Control:
         self._label.value = f'<span title="{tip}" style="display:block;line-height:22px">{words}{dot}</span>'
 
 
-def make_controls(rows: list[dict[str, Any]], changed: Callable[[], None]) -> dict[str, Control]:
+def make_controls(rows: list[dict[str, Any]], changed: Callable[[], None], system: str = "") -> dict[str, Control]:
     """Return the controls by parameter name, in the model's order."""
-    return {row["name"]: Control(row, changed) for row in rows}
+    return {row["name"]: Control(row, changed, system) for row in rows}
 
 
 def stops(row: dict[str, Any]) -> list[float]:
@@ -107,14 +109,14 @@ def _words(numbers: list[Any]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _input(row: dict[str, Any]) -> tuple[Any, Any]:
+def _input(row: dict[str, Any], system: str) -> tuple[Any, Any]:
     """Return the widget that holds the value, and what is shown (itself, or itself with a slider and a unit)."""
     default, choices = row["default"], list(row["choices"])
     wide = widgets.Layout(width=_WIDE)
     if row["name"] == "machine" and not choices:
         from kit.sim.machine import machines
 
-        choices = machines()
+        choices = machines(system)
     if choices:
         found: Any = widgets.Dropdown(options=choices, value=default, layout=wide)
         return found, found

@@ -12,7 +12,7 @@ from kit.errors import KitError
 from kit.flows import registry
 from kit.lab.controls import make_controls
 from kit.lab.parameters_cell import grouped_rows
-from kit.lab.views import VIEWS, headlines_html
+from kit.lab.views import headlines_html, view_html, view_titles
 from kit.report import figures
 from kit.report.language import GRID, INK, MUTED, VERMILION
 
@@ -51,8 +51,9 @@ class Panel:
         self._previous: Run | None = None
         self._quiet = True  # while many controls change at once
         self.controls = make_controls(
-            [row for rows in grouped_rows(flow.Parameters).values() for row in rows], self._changed
-        )
+            [row for rows in grouped_rows(flow.Parameters).values() for row in rows], self._changed,
+            flow.Parameters.system,
+        )  # fmt: skip
         self._groups: list[tuple[str, widgets.HTML]] = []
         self.run_button = widgets.Button(description="Run", button_style="primary", layout=widgets.Layout(width="96px"))
         self.reset_button = widgets.Button(description="Reset all", layout=widgets.Layout(width="84px"))
@@ -62,7 +63,8 @@ class Panel:
         self.stage = widgets.ToggleButtons(options=[("whole run", "")], style={"button_width": "auto"})
         self.stage.layout.display = "none"
         self.stage.observe(lambda _change: self._show_overview(), names="value")
-        self.tabs = widgets.Tab([widgets.HTML() for _ in VIEWS], titles=tuple(VIEWS), selected_index=0)
+        self._titles = view_titles(flow.name)
+        self.tabs = widgets.Tab([widgets.HTML() for _ in self._titles], titles=self._titles, selected_index=0)
         self.run_button.on_click(lambda _button: self.start())
         self.reset_button.on_click(lambda _button: self.reset())
         self.tabs.observe(lambda _change: self._show_tab(), names="selected_index")
@@ -172,7 +174,7 @@ class Panel:
     def _show_tab(self) -> None:
         at = self.tabs.selected_index
         if self.run is not None and at is not None and not self.tabs.children[at].value:
-            self.tabs.children[at].value = list(VIEWS.values())[at](self.run)
+            self.tabs.children[at].value = view_html(self.run, self._titles[at])
 
     def _lay_out(self) -> widgets.Widget:
         """Return the two columns."""

@@ -5,47 +5,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from kit.report.flow_report import TableEntry, report_for, report_of
 
 if TYPE_CHECKING:
     from kit.flows.run import Run
     from kit.report.tables import Table
 
-__all__ = ["table", "table_names"]
+__all__ = ["COMMON_TABLES", "table", "table_names"]
+
+COMMON_TABLES = {
+    "events": TableEntry("the records that a profiler would show", "kit.report.tables:events_table"),
+    "metrics": TableEntry("the run's metrics", "kit.report.tables:metrics_table"),
+}
+"""Tables that every flow has."""
 
 
-def table_names() -> dict[str, str]:
-    """Return the names of the tables that `table` can make, each with one line of what it shows."""
-    return {
-        "nvprof": "nvprof's unified memory summary block",
-        "gpu_trace": "nvprof --print-gpu-trace: every record by start time",
-        "um_sum": "nsys stats um_sum: migrations and faults by virtual address; um_sum:rows=N for more than 10",
-        "um_total_sum": "nsys stats um_total_sum: migration and fault totals",
-        "um_cpu_page_faults_sum": "nsys stats um_cpu_page_faults_sum: CPU faults by instruction",
-        "cuda_gpu_mem_size_sum": "nsys stats cuda_gpu_mem_size_sum: copies by size",
-        "cuda_gpu_mem_time_sum": "nsys stats cuda_gpu_mem_time_sum: copies by time",
-        "events": "the records that a profiler would show",
-        "metrics": "the run's metrics",
-        "measured": "what was published about the same program on this machine, beside the run",
-    }
+def table_names(flow: str = "cuda_demand_paging") -> dict[str, str]:
+    """Return the names of the tables that `table` can make of a flow's runs, each with one line of what it shows."""
+    return {name: entry.about for name, entry in _entries(report_for(flow).tables).items()}
 
 
-def _makers() -> dict[str, Callable[[Run], Table]]:
-    from kit.report import measured, nsys, nvprof, tables
-
-    return {
-        "nvprof": nvprof.um_summary,
-        "gpu_trace": nvprof.gpu_trace,
-        "um_sum": nsys.um_sum,
-        "um_total_sum": nsys.um_total_sum,
-        "um_cpu_page_faults_sum": nsys.um_cpu_page_faults_sum,
-        "cuda_gpu_mem_size_sum": nsys.cuda_gpu_mem_size_sum,
-        "cuda_gpu_mem_time_sum": nsys.cuda_gpu_mem_time_sum,
-        "events": tables.events_table,
-        "metrics": tables.metrics_table,
-        "measured": measured.measured,
-    }
+def _entries(own: dict[str, TableEntry]) -> dict[str, TableEntry]:
+    """Return a flow's tables and the common ones; what was published comes last."""
+    published = {name: entry for name, entry in own.items() if name == "measured"}
+    return {**{name: entry for name, entry in own.items() if name not in published}, **COMMON_TABLES, **published}
 
 
 def table(run: Run, name: str) -> Table:
@@ -59,13 +44,14 @@ def table(run: Run, name: str) -> Table:
     from kit.errors import ParameterError, did_you_mean
 
     report, _, option = name.partition(":")
-    if report not in table_names():
-        raise ParameterError("table", name, "one of " + ", ".join(table_names()), did_you_mean(report, table_names()))
+    entries = _entries(report_of(run).tables)
+    if report not in entries:
+        raise ParameterError("table", name, "one of " + ", ".join(entries), did_you_mean(report, entries))
     if not option:
-        return _makers()[report](run)
+        return entries[report].make(run)
     key, _, count = option.partition("=")
-    if report != "um_sum" or key != "rows" or not count.isdecimal() or int(count) < 1:
-        raise ParameterError("table", name, "um_sum:rows=N with N at least 1 is the only table with an option")
-    from kit.report.nsys import um_sum
-
-    return um_sum(run, rows=int(count))
+    if not entries[report].rows or key != "rows" or not count.isdecimal() or int(count) < 1:
+        able = " or ".join(f"{each}:rows=N" for each, entry in entries.items() if entry.rows)
+        only = "is the only table with an option" if able else "a table's name: none of this flow's has an option"
+        raise ParameterError("table", name, f"{able} with N at least 1 {only}" if able else only)
+    return entries[report].make(run, rows=int(count))

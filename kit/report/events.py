@@ -1,13 +1,15 @@
-"""The records that a CUDA profiler would show, taken from the trace's spans.
+"""The records that a profiler would show, taken from the trace's spans.
 
-Everything that speaks a profiler's words (nvprof text, nsys tables and SQLite, the events CSV)
-starts from `um_records`, so that no two of them can disagree. Times become whole nanoseconds
-here, as in CUPTI's records.
+`event_columns` gives those of any flow: a flow names the function that makes them (`step_event_columns` for one
+whose records are spans of some steps). Everything that speaks a CUDA profiler's words (nvprof text, nsys tables
+and SQLite) starts from `um_records`, so that no two of them can disagree. Times become whole nanoseconds here, as
+in CUPTI's records.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.report.files import whole_file
+from kit.report.flow_report import report_of
 from kit.sim.trace import SPAN_COLUMNS
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ __all__ = [
     "event_columns",
     "event_records",
     "kernels",
+    "step_event_columns",
+    "um_event_columns",
     "um_records",
     "write_events_csv",
 ]
@@ -210,8 +215,39 @@ def event_columns(run: Run) -> dict[str, NDArray[Any]]:
     -------
     dict of str to ndarray, each of shape (records,)
         Times in microseconds (float64, whole nanoseconds), ``address`` relative to the run's base,
-        ``bytes`` and ``value`` int64, ``kind`` and ``cause`` words in CUPTI's spelling.
+        ``bytes`` and ``value`` int64, ``kind`` and ``cause`` words in the flow's profiler's spelling.
     """
+    return report_of(run).event_columns(run)
+
+
+def step_event_columns(run: Run, kinds: Mapping[str, str]) -> dict[str, NDArray[Any]]:
+    """Return the columns of `event_columns` for a flow whose records are spans of some steps.
+
+    Parameters
+    ----------
+    run : Run
+    kinds : mapping of str to str
+        Step to the kind of its record. A record's cause is the span's; ``value`` is the span's value.
+    """
+    words = tuple(kinds)
+    rows, code = _picked(run.trace, {step: number for number, step in enumerate(words, start=1)})
+    start, end = _ns(rows[:, _COLUMN["start"]]), _ns(rows[:, _COLUMN["end"]])
+    order = np.argsort(start, kind="stable")
+    rows, code, start, end = rows[order], code[order], start[order], end[order]
+    address = rows[:, _COLUMN["va"]].astype(np.int64)
+    return {
+        "time_us": start / 1000,
+        "duration_us": (end - start) / 1000,
+        "kind": np.array(["", *kinds.values()], dtype=object)[code],
+        "address": np.where(address < 0, address, address - run.base),
+        "bytes": rows[:, _COLUMN["bytes"]].astype(np.int64),
+        "value": rows[:, _COLUMN["value"]].astype(np.int64),
+        "cause": np.array(run.trace.causes.words, dtype=object)[rows[:, _COLUMN["cause"]].astype(np.intp)],
+    }
+
+
+def um_event_columns(run: Run) -> dict[str, NDArray[Any]]:
+    """Return the columns of `event_columns` for CUDA unified memory: words in CUPTI's spelling."""
     records = um_records(run)
     kinds = np.array([KINDS.get(code, "") for code in range(max(KINDS) + 1)], dtype=object)
     return {

@@ -1,8 +1,8 @@
 """The one visual language: what colour a place has, what lane an actor has, how axes say their units.
 
-Every picture of every flow takes its colours, lanes and units from here and nowhere else. The
-colours are the Okabe-Ito palette, which stays readable with the common kinds of colour blindness;
-each place is also named in a legend, so that no picture leans on colour alone.
+Every picture of every flow takes its colours and units from here and nowhere else; which lanes a flow has, its
+`kit.report.flow_report.FlowReport` says. The colours are the Okabe-Ito palette, which stays readable with the common
+kinds of colour blindness; each place is also named in a legend, so that no picture leans on colour alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 __all__ = [
-    "ACTOR_ORDER", "BLUE", "DARK", "FAINT", "GREEN", "GRID", "INK", "LANES", "MUTED", "ORANGE", "PLACES", "PURPLE",
+    "BLUE", "DARK", "FAINT", "GREEN", "GRID", "INK", "MUTED", "ORANGE", "PLACES", "PURPLE",
     "SKY", "VERMILION", "YELLOW", "Lane", "Place", "Unit",
-    "bytes_unit", "lane_of", "say_bytes", "say_count", "say_time", "style", "time_unit",
+    "bytes_unit", "say_bytes", "say_count", "say_time", "style", "time_unit",
 ]  # fmt: skip
 
 BLUE, GREEN, ORANGE, SKY = "#0072B2", "#009E73", "#E69F00", "#56B4E9"
@@ -44,14 +44,6 @@ PLACES = {
     )
 }
 
-# Top to bottom in every picture and every export; actors that are not listed follow, by name.
-ACTOR_ORDER = ("cpu", "gpu", "UVM GPU0 BH", "uvm worker", "copy HtoD", "copy DtoH")
-
-
-def lane_of(actor: str) -> int:
-    """Return the lane number of an actor, from 0 at the top; unknown actors share the last lane."""
-    return ACTOR_ORDER.index(actor) if actor in ACTOR_ORDER else len(ACTOR_ORDER)
-
 
 @dataclass(frozen=True)
 class Lane:
@@ -68,6 +60,8 @@ class Lane:
         Of its bars.
     actor : str
         Only this actor's spans, when given.
+    others : tuple of str
+        Not the spans of these actors.
     accent : tuple of str
         Steps drawn over the lane in `accent_colour`.
     accent_cause : str
@@ -87,17 +81,7 @@ class Lane:
     accent_colour: str = ""
     under: str = ""
     together: bool = False
-
-
-LANES = (
-    Lane("host program", ("host_program",), "#d9d9e0", together=True),
-    Lane("CPU fault", ("uvm_vm_fault", "uvm_va_space_cpu_fault", "UvmEventTypeCpuFault"), BLUE),
-    Lane("GPU stalled", ("gpu_stall",), "#b4b4bc", under="kernel"),
-    Lane("fault batch", ("fetch_fault_buffer_entries", "preprocess_fault_batch"), PURPLE, together=True),
-    Lane("service", ("service_fault_batch",), SKY, accent=("evict_root_chunk",), accent_colour=DARK),
-    Lane("copy HtoD", ("UvmEventTypeMigration",), ORANGE, "copy HtoD"),
-    Lane("copy DtoH", ("UvmEventTypeMigration",), ORANGE, "copy DtoH", (), "eviction", VERMILION),
-)
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

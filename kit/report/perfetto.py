@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.report.files import whole_file
-from kit.report.language import PLACES, lane_of
+from kit.report.flow_report import FlowReport, report_of
+from kit.report.language import PLACES
 from kit.sim.trace import MOVE_COLUMNS, SPAN_COLUMNS
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ __all__ = ["resident_bytes", "write_perfetto"]
 _CHUNK = 65_536
 _PAGE_BYTES = 4096
 _PID = 1
-_HARDWARE = ("UvmEventType", "gpu_stall", "kernel", "host_program")
 Rows = NDArray[np.float64]
 
 
@@ -46,7 +46,7 @@ def write_perfetto(run: Run, path: str | os.PathLike[str]) -> None:
         file.write(f'{{"displayTimeUnit":"ns","otherData":{json.dumps(about)},"traceEvents":[\n')
         title = f"{run.flow}: {run.scenario}" if run.scenario else run.flow
         file.write(_json({"name": "process_name", "ph": "M", "pid": _PID, "args": {"name": title}}))
-        _write_spans(file, run.trace)
+        _write_spans(file, run.trace, report_of(run))
         _write_counters(file, run)
         file.write("\n]}\n")
 
@@ -55,12 +55,12 @@ def _json(event: dict[str, Any]) -> str:
     return json.dumps(event, separators=(",", ":"))
 
 
-def _write_spans(file: IO[str], trace: Trace) -> None:
+def _write_spans(file: IO[str], trace: Trace, report: FlowReport) -> None:
     rows = trace.spans.array()
-    track, names = _tracks(trace, rows)
+    track, names = _tracks(trace, rows, report)
     lane = _sublanes(rows, track)
     used = sorted({(int(t), int(n)) for t, n in np.unique(np.stack([track, lane], axis=1), axis=0)})
-    order = sorted(used, key=lambda key: (lane_of(names[key[0]][0]), names[key[0]], key[1]))
+    order = sorted(used, key=lambda key: (report.lane_of(names[key[0]][0]), names[key[0]], key[1]))
     thread = {key: number for number, key in enumerate(order, start=1)}
     for key, number in thread.items():
         actor, part = names[key[0]]
@@ -75,21 +75,21 @@ def _write_spans(file: IO[str], trace: Trace) -> None:
     tids = numbers[track * width + lane]
     for begin in range(0, len(rows), _CHUNK):
         piece = slice(begin, begin + _CHUNK)
-        file.write("".join(_span_lines(trace, rows[piece], tids[piece])))
+        file.write("".join(_span_lines(trace, rows[piece], tids[piece], report)))
 
 
-def _tracks(trace: Trace, rows: Rows) -> tuple[NDArray[np.int64], list[tuple[str, str]]]:
+def _tracks(trace: Trace, rows: Rows, report: FlowReport) -> tuple[NDArray[np.int64], list[tuple[str, str]]]:
     """Return each row's track and the tracks' (actor, part).
 
     An actor's driver steps nest in each other and share a track; what hardware and tools record
     happens beside them, so each of those steps has a track of its own.
     """
-    parts = ["", *(word for word in trace.steps.words if word.startswith(_HARDWARE))]
+    parts = ["", *(word for word in trace.steps.words if not report.is_step(word))]
     place = {word: i for i, word in enumerate(parts)}
     part = np.array([place.get(word, 0) for word in trace.steps.words] or [0], dtype=np.int64)
     actor = rows[:, SPAN_COLUMNS.index("actor")].astype(np.int64)
     track = actor * len(parts) + part[rows[:, SPAN_COLUMNS.index("step")].astype(np.int64)]
-    return track, [(word, name.removeprefix("UvmEventType")) for word in trace.actors.words for name in parts]
+    return track, [(word, name.removeprefix(report.event_prefix)) for word in trace.actors.words for name in parts]
 
 
 def _sublanes(rows: Rows, track: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -132,12 +132,12 @@ def _beside(start: list[float], end: list[float]) -> list[int]:
     return lanes
 
 
-def _span_lines(trace: Trace, rows: Rows, tids: NDArray[np.int64]) -> Iterator[str]:
+def _span_lines(trace: Trace, rows: Rows, tids: NDArray[np.int64], report: FlowReport) -> Iterator[str]:
     """Yield one trace event a span, each with the comma and newline that go before it."""
     steps = [json.dumps(word) for word in trace.steps.words]
     causes = [f',"cause":{json.dumps(word)}' if word else "" for word in trace.causes.words]
     statuses = ["" if word == "ok" else f',"status":{json.dumps(word)}' for word in trace.statuses.words]
-    category = ["tool" if word.startswith(_HARDWARE) else "driver" for word in trace.steps.words]
+    category = ["driver" if report.is_step(word) else "tool" for word in trace.steps.words]
     for row, tid in zip(rows.tolist(), tids.tolist(), strict=True):
         start, end, step, _actor, _parent, va, pages, nbytes, cause, status, value = row
         kind = int(step)

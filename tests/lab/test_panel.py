@@ -10,6 +10,7 @@ from synthetic import empty_run, sequential_run
 
 import kit.lab
 from kit.errors import ParameterError
+from kit.flows import registry
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
 from kit.flows.run import Run
 from kit.lab.controls import Control, stops
@@ -59,7 +60,8 @@ def test_only_what_the_program_reads_is_shown(program: str) -> None:
     assert shown(panel) == expected
 
 
-def test_a_model_without_programs_shows_everything() -> None:
+def test_a_model_without_programs_shows_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "ENTRIES", {"fake_flow": registry.Entry("fake_flow", "fakes")})
     panel = Panel(fakes.FakeFlow())
     assert shown(panel) == set(fakes.FakeParameters.model_fields)
 

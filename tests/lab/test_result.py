@@ -9,9 +9,15 @@ from typing import Any
 import fakes
 import pytest
 
+from kit.flows import registry
 from kit.flows.run import Run
 from kit.lab import show_result
 from kit.lab.result import MIME
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "ENTRIES", {"fake_flow": registry.Entry("fake_flow", "fakes")})
 
 
 def result_of(events: int = 2, **given: Any) -> Run:

@@ -15,7 +15,6 @@ from kit.flows import registry
 from kit.lab.parameters_cell import parameters_cell
 
 NOTEBOOKS = sorted(paths.notebooks().glob("*.ipynb"))
-ORDER = ("parameters", "check", "allocate", "first-touch", "kernel", "read-back", "checks", "result", "controls")
 
 
 def test_every_flow_has_its_notebook() -> None:
@@ -53,10 +52,12 @@ def test_the_one_parameters_cell_is_the_models(notebook: Any) -> None:
 
 def test_cells_come_in_the_agreed_order_and_code_is_introduced(notebook: Any) -> None:
     ids = [cell.id for cell in notebook.cells]
-    places = [ids.index(each) for each in ORDER]
+    stages = [name.replace("_", "-") for name in registry.entry(notebook.metadata.stem).load().stages]
+    order = ["parameters", "check", *stages, "checks", "result", "controls"]
+    places = [ids.index(each) for each in order]
     assert places == sorted(places) and ids[-1] == "controls"
     assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
-    for name in ORDER:
+    for name in order:
         assert notebook.cells[ids.index(name) - 1].cell_type == "markdown"
 
 

@@ -16,11 +16,12 @@ from kit.errors import ParameterError
 from kit.flows.documented import Conformance, Documented
 from kit.flows.run import Allocation
 from kit.report import figures
+from kit.report.cuda import REPORT
 from kit.report.figures.costs import driver_costs, hardware_costs
 from kit.report.figures.residency import CHANNELS, shares
 from kit.report.figures.steps import edges_of
 from kit.report.figures.window import Pages, Window, busy, end_of, self_time, window_of, window_of_batch
-from kit.report.language import ACTOR_ORDER, PLACES, lane_of, say_bytes, say_time, time_unit
+from kit.report.language import PLACES, say_bytes, say_time, time_unit
 from kit.sim.trace import Trace
 
 RESIDENCE = {0: "nowhere", 1: "host", 2: "device", 3: "both", -1: "flight"}
@@ -174,7 +175,7 @@ def test_self_time_leaves_out_the_steps_called_and_adds_up() -> None:
     trace.span("uvm_push_begin_acquire", "UVM GPU0 BH", 20, 30, parent=inner)
     trace.span("UvmEventTypeMigration", "copy HtoD", 40, 90, parent=inner, bytes=PAGE)
     run = make_run(trace, [Allocation("x", BASE, PAGE)], [])
-    assert self_time(trace, trace.spans.array()).tolist() == [60, 30, 10, 0]
+    assert self_time(run, trace.spans.array()).tolist() == [60, 30, 10, 0]
     assert sum(driver_costs(run).values()) == pytest.approx(100)
     assert hardware_costs(run) == {"copies to the GPU": pytest.approx(50)}
 
@@ -217,8 +218,8 @@ def test_the_language_of_axes_and_lanes() -> None:
     assert [say_time(t) for t in (12, 1234.5, 2.5e6)] == ["12 µs", "1.23 ms", "2.5 s"]
     assert [say_bytes(b) for b in (512, 65536, 12 << 20)] == ["512 B", "64 KiB", "12 MiB"]
     assert [time_unit(t).word for t in (900, 50_000, 3e6)] == ["µs", "ms", "s"]
-    assert [lane_of(actor) for actor in ACTOR_ORDER] == list(range(len(ACTOR_ORDER)))
-    assert lane_of("somebody") == len(ACTOR_ORDER)
+    assert [REPORT.lane_of(actor) for actor in REPORT.actors] == list(range(len(REPORT.actors)))
+    assert REPORT.lane_of("somebody") == len(REPORT.actors)
     assert len({place.colour for place in PLACES.values()}) == len(PLACES)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
-from kit.flows.cuda_demand_paging.session import Session
+from kit.flows.cuda_demand_paging.session import STAGES, Session
 from kit.flows.run import Run
 
 __all__ = ["FLOW", "CudaDemandPaging"]
@@ -17,6 +17,7 @@ class CudaDemandPaging:
     name = "cuda_demand_paging"
     title = "CUDA unified memory: demand paging between host and GPU"
     Parameters = CudaParameters
+    stages = STAGES
 
     def open(self, parameters: CudaParameters, scenario: str = "") -> Session:
         """Return the flow as an object with one method a stage."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from kit.report.figures.figure import Figure, canvas, finish, nothing
 from kit.report.figures.window import COLUMN, spans_of
+from kit.report.flow_report import report_of
 from kit.report.language import PLACES, say_bytes, say_count, style
 
 if TYPE_CHECKING:
@@ -16,15 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["copy_sizes"]
 
 _SMALLEST, _LARGEST = 12, 21  # powers of two: a page to a block
-_DIRECTIONS = (("copy HtoD", "host to device", "device"), ("copy DtoH", "device to host", "host"))
 
 
 def copy_sizes(run: Run) -> Figure:
     """Draw how many copies had which size, in bins that double, one colour a direction."""
-    table = run.trace.spans.array()
+    table, directions = run.trace.spans.array(), report_of(run).copies
     found = {
-        words: spans_of(run.trace, table, ("UvmEventTypeMigration",), actor)[:, COLUMN["bytes"]]
-        for actor, words, _place in _DIRECTIONS
+        each.words: spans_of(run.trace, table, (each.step,), each.actor)[:, COLUMN["bytes"]] for each in directions
     }
     if not any(len(sizes) for sizes in found.values()):
         return nothing("copy_sizes", "No copy between host and device so far, so there are no copy sizes to show.")
@@ -40,12 +39,13 @@ def copy_sizes(run: Run) -> Figure:
     with style():
         drawn = canvas(270, 720)
         axes = drawn.subplots()
-        for side, (_actor, words, place) in zip((-0.21, 0.21), _DIRECTIONS, strict=True):
+        for side, each in zip((-0.21, 0.21), directions, strict=True):
             bars = axes.bar(
-                bins[:-1] + side, counts[words], 0.4, color=PLACES[place].colour,
-                label=f"{words}: {say_count(len(found[words]), 'copy', 'copies')}, {say_bytes(found[words].sum())}",
+                bins[:-1] + side, counts[each.words], 0.4, color=PLACES[each.place].colour,
+                label=f"{each.words}: {say_count(len(found[each.words]), 'copy', 'copies')}, "
+                f"{say_bytes(found[each.words].sum())}",
             )  # fmt: skip
-            axes.bar_label(bars, [f"{n:,}" if n else "" for n in counts[words]], fontsize=8.5, padding=1)
+            axes.bar_label(bars, [f"{n:,}" if n else "" for n in counts[each.words]], fontsize=8.5, padding=1)
         axes.set_xticks(bins[:-1], [f"{1 << (b - 10):,}" for b in bins[:-1]])
         axes.tick_params(axis="x", length=0)
         axes.set_xlabel("copy size (KiB; each bin reaches up to the next)")

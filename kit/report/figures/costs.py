@@ -9,55 +9,24 @@ import numpy as np
 
 from kit.report.figures.figure import Figure, canvas, finish, nothing
 from kit.report.figures.window import COLUMN, busy, end_of, self_time, spans_of
-from kit.report.language import BLUE, MUTED, ORANGE, SKY, say_time, style, time_unit
+from kit.report.flow_report import report_of
+from kit.report.language import BLUE, MUTED, SKY, say_time, style, time_unit
 
 if TYPE_CHECKING:
     from kit.flows.run import Run
 
-__all__ = ["GROUPS", "cost_breakdown", "driver_costs", "group_of", "hardware_costs"]
-
-# Kind of work and the names that belong to it; the first that matches counts.
-GROUPS: tuple[tuple[str, str], ...] = (
-    ("wait for copies and replays", r"tracker_wait|push_wait|end_and_wait|service_replayable_faults$"),
-    ("API calls", r"_api_|uvm_mmap|uvm_free|uvm_migrate"),
-    ("evict", r"evict"),
-    ("cancel fatal faults", r"cancel|fatal"),
-    ("replay and flush", r"replay_on|fault_buffer_flush|hal_fault_buffer_replay|clear_replayable"),
-    ("read the fault buffer", r"fetch_fault|fault_buffer|write_get|isr|replayable_faults"),
-    ("sort and look up faults", r"preprocess|translate_instance|entry_to_va_space"),
-    (
-        "prefetch and thrashing policy",
-        r"prefetch_hint|perf_prefetch|bitmap_tree|compute_prefetch|grow_fault|thrashing|throttl",
-    ),
-    ("find and zero memory", r"populate|alloc|chunk|zero|memset|Pma|pmm_|phys_mem"),
-    ("set up and push copies", r"copy|memcopy|push_|channel_"),
-    ("page tables and TLB", r"map|pte|tlb|pde|page_tree|revoke|mmu_|insert_page|membar"),
-    ("CPU faults", r"cpu_fault|vm_fault"),
-    ("decide and service blocks", r"service|residency|va_block|block_"),
-    ("advice and user migration", r"migrate|preferred|accessed_by|read_dup|range"),
-)
-_HARDWARE = (
-    ("GPU lanes stalled", ("gpu_stall",), "", "#b4b4bc"),
-    ("copies to the GPU", ("UvmEventTypeMigration",), "copy HtoD", ORANGE),
-    ("copies to the host", ("UvmEventTypeMigration",), "copy DtoH", ORANGE),
-)
-
-
-def group_of(step: str) -> str:
-    """Return the kind of work that a driver step is."""
-    return next((name for name, pattern in GROUPS if re.search(pattern, step)), "other steps")
-
+__all__ = ["cost_breakdown", "driver_costs", "hardware_costs"]
 
 def driver_costs(run: Run) -> dict[str, float]:
     """Return microseconds of the driver steps' own time by kind of work, largest first."""
     table = run.trace.spans.array()
-    by_step = np.bincount(
-        table[:, COLUMN["step"]].astype(np.int64), self_time(run.trace, table), len(run.trace.steps.words)
-    )
+    by_step = np.bincount(table[:, COLUMN["step"]].astype(np.int64), self_time(run, table), len(run.trace.steps.words))
+    patterns = report_of(run).cost_groups
     groups: dict[str, float] = {}
     for name, spent in zip(run.trace.steps.words, by_step, strict=True):
         if spent > 0:
-            groups[group_of(name)] = groups.get(group_of(name), 0.0) + float(spent)
+            group = next((words for words, pattern in patterns if re.search(pattern, name)), "other steps")
+            groups[group] = groups.get(group, 0.0) + float(spent)
     return dict(sorted(groups.items(), key=lambda item: -item[1]))
 
 
@@ -65,10 +34,10 @@ def hardware_costs(run: Run) -> dict[str, float]:
     """Return for how many microseconds each activity of the hardware went on."""
     table, end = run.trace.spans.array(), end_of(run)
     found = {}
-    for name, steps, actor, _colour in _HARDWARE:
-        rows = spans_of(run.trace, table, steps, actor)
+    for each in report_of(run).activities:
+        rows = spans_of(run.trace, table, each.steps, each.actor)
         if len(rows):
-            found[name] = float(busy(rows[:, 0], rows[:, 1], end, 1)[0] * end)
+            found[each.name] = float(busy(rows[:, 0], rows[:, 1], end, 1)[0] * end)
     return found
 
 
@@ -80,7 +49,7 @@ def cost_breakdown(run: Run) -> Figure:
     values = [*driver.values(), *hardware.values()]
     unit, whole = time_unit(max(values)), sum(driver.values())
     colours = [BLUE if name == "CPU faults" else SKY for name in driver]
-    colours += [colour for name, _steps, _actor, colour in _HARDWARE if name in hardware]
+    colours += [each.colour for each in report_of(run).activities if each.name in hardware]
     # Each kind of bar has a heading in a row of its own.
     at = [*range(1, len(driver) + 1), *range(len(driver) + 2, len(values) + 2)]
     labels = [f"{say_time(v)}  ({v / whole:.0%})" for v in driver.values()] + [say_time(v) for v in hardware.values()]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from kit.report.figures.figure import Figure, canvas, finish, nothing
 from kit.report.figures.window import COLUMN, Pages, Window, spans_of, window_of
+from kit.report.flow_report import report_of
 from kit.report.language import PLACES, bytes_unit, say_bytes, say_count, say_time, style, time_unit
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _CHUNK = 1 << 17  # moves handled at a time: bounds the memory of a million-move
 
 
 def residency_map(run: Run, stage: str = "") -> Figure:
-    """Draw where every managed page is over simulated time: addresses down, time to the right.
+    """Draw where every page is over simulated time: addresses down, time to the right.
 
     Parameters
     ----------
@@ -32,7 +33,7 @@ def residency_map(run: Run, stage: str = "") -> Figure:
     """
     window = window_of(run, stage)
     if not len(run.trace.moves):
-        return nothing("residency_map", "No page has moved yet: managed memory that nothing touched is nowhere.")
+        return nothing("residency_map", report_of(run).untouched)
     with style():
         drawn = canvas(360)
         axes = drawn.subplots()
@@ -122,7 +123,7 @@ def draw_map(axes: Any, run: Run, window: Window) -> None:
     edges = pages.block_edges() * 4096 / size.size
     if len(edges) <= 40:
         axes.hlines(edges, left, right, color="white", linewidth=0.8)
-    axes.set_ylabel(f"managed memory ({size.word})")
+    axes.set_ylabel(f"{report_of(run).memory} ({size.word})")
     _name_allocations(axes, pages, size.size, left)
     _name_stages(axes, run, window, time.size)
     _legend(axes, cells)
@@ -179,18 +180,18 @@ def residency_words(run: Run, window: Window) -> str:
     when = (
         f"from {say_time(window.start)} to {say_time(window.end)}" if window.start else f"over {say_time(window.end)}"
     )
-    parts = [f"{say_bytes(pages.total * 4096)} of managed memory {when}."]
+    parts = [f"{say_bytes(pages.total * 4096)} of {report_of(run).memory} {when}."]
     for channel in (1, 2):
         chosen = window.holds(moves[(src == 0) & (dst == channel)])
         if len(chosen):
             where = PLACES[CHANNELS[channel]].words
             parts.append(f"{say_bytes(chosen[:, 3].sum() * 4096)} first appear in {where} {_between(chosen)}.")
     table = run.trace.spans.array()
-    for actor, where in (("copy HtoD", "the GPU"), ("copy DtoH", "the host")):
-        copies = window.holds(spans_of(run.trace, table, ("UvmEventTypeMigration",), actor))
+    for each in report_of(run).copies:
+        copies = window.holds(spans_of(run.trace, table, (each.step,), each.actor))
         if len(copies):
             size, count = say_bytes(copies[:, COLUMN["bytes"]].sum()), say_count(len(copies), "copy", "copies")
-            parts.append(f"{size} move to {where} in {count} {_between(copies)}.")
+            parts.append(f"{size} move to {each.to} in {count} {_between(copies)}.")
     pages_of = pages.position(moves[:, 2] + moves[:, 3]) - pages.position(moves[:, 2])
     final = np.bincount(dst, pages_of, len(CHANNELS)) - np.bincount(src, pages_of, len(CHANNELS))
     final[0] += pages.total

@@ -36,7 +36,7 @@ def edges_of(run: Run) -> dict[str, dict[str, Edge]]:
     """Return for each step that ran the steps it called; for `ROOT` those that nothing called."""
     trace = run.trace
     table = trace.spans.array()
-    driver = driver_rows(trace, table)
+    driver = driver_rows(run, table)
     rows = table[driver]
     if not len(rows):
         return {}

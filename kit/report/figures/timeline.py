@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from kit.report.figures.figure import Figure, canvas, finish, nothing
 from kit.report.figures.residency import draw_map, residency_words
 from kit.report.figures.window import COLUMN, Window, busy, spans_of, window_of, window_of_batch
-from kit.report.language import INK, LANES, Lane, say_count, say_time, style, time_unit
+from kit.report.flow_report import report_of
+from kit.report.language import INK, Lane, say_count, say_time, style, time_unit
 
 if TYPE_CHECKING:
     from kit.flows.run import Run
@@ -28,7 +29,7 @@ def timeline(run: Run, stage: str = "") -> Figure:
     if not len(run.trace.spans):
         return nothing("timeline", "Nothing has happened yet: no step of the driver, no activity of the hardware.")
     with style():
-        drawn = canvas(280)
+        drawn = canvas(70 + 30 * len(report_of(run).lanes))
         draw_lanes(drawn.subplots(), run, window)
         return finish(drawn, "timeline", "What ran when, one lane an actor.", timeline_words(run, window))
 
@@ -36,23 +37,24 @@ def timeline(run: Run, stage: str = "") -> Figure:
 def one_batch(run: Run, batch: int | None = None) -> Figure:
     """Draw the lanes around one fault batch: fetch, service, copies, and the GPU waiting.
 
+    What a batch is in other flows (one migration, one network page fault), their `Closeup` says.
+
     Parameters
     ----------
     run : Run
     batch : int, optional
         Which one, from 0; the one that took longest when left out.
     """
-    found = window_of_batch(run, batch)
+    found, closeup = window_of_batch(run, batch), report_of(run).closeup
     if found is None:
-        which = "no fault batch: the GPU did not fault" if batch is None else f"no fault batch number {batch}"
-        return nothing("one_batch", f"This run has {which}, so there is none to show.")
+        return nothing("one_batch", closeup.nothing.format(which="" if batch is None else f" number {batch}"))
     batch, window = found
     with style():
-        drawn = canvas(230)
+        drawn = canvas(20 + 30 * len(report_of(run).lanes))
         axes = drawn.subplots()
         draw_lanes(axes, run, window)
-        axes.set_title(f"Fault batch {batch}, {say_time(window.length / 1.16)} from the first fault to the last copy")
-        return finish(drawn, "one_batch", "One fault batch, up close.", timeline_words(run, window))
+        axes.set_title(closeup.title.format(number=batch, time=say_time(window.length / 1.16)))
+        return finish(drawn, "one_batch", closeup.caption, timeline_words(run, window))
 
 
 def overview(run: Run, stage: str = "") -> Figure:
@@ -61,7 +63,7 @@ def overview(run: Run, stage: str = "") -> Figure:
     if not len(run.trace.moves):
         return timeline(run, stage)
     with style():
-        drawn = canvas(590)
+        drawn = canvas(380 + 30 * len(report_of(run).lanes))
         above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         draw_map(above, run, window)
         above.tick_params(labelbottom=False)
@@ -75,6 +77,8 @@ def overview(run: Run, stage: str = "") -> Figure:
 
 def lane_rows(run: Run, table: NDArray[np.float64], lane: Lane) -> NDArray[np.float64]:
     """Return the spans that a lane shows: all of its steps, or the first of them that the trace holds."""
+    for actor in lane.others:
+        table = table[table[:, COLUMN["actor"]] != run.trace.actors.ids.get(actor, -1)]
     if lane.together:
         return spans_of(run.trace, table, lane.steps, lane.actor)
     found = table[:0]
@@ -87,9 +91,9 @@ def lane_rows(run: Run, table: NDArray[np.float64], lane: Lane) -> NDArray[np.fl
 
 def draw_lanes(axes: Any, run: Run, window: Window) -> None:
     """Draw every lane into `axes`, whose x axis is simulated time in the fitting unit."""
-    unit = time_unit(window.end)
+    unit, lanes = time_unit(window.end), report_of(run).lanes
     table = window.holds(run.trace.spans.array())
-    for row, lane in enumerate(LANES):
+    for row, lane in enumerate(lanes):
         rows = lane_rows(run, table, lane)
         if lane.under:
             _bars(axes, spans_of(run.trace, table, (lane.under,)), row, _UNDER, window, unit.size)
@@ -103,9 +107,9 @@ def draw_lanes(axes: Any, run: Run, window: Window) -> None:
             _bars(axes, spans_of(run.trace, table, lane.accent), row, lane.accent_colour, window, unit.size)
         if lane.steps == ("host_program",):
             _stage_names(axes, run, rows, row, window, unit.size)
-    axes.set_yticks(range(len(LANES)), [lane.name for lane in LANES])
+    axes.set_yticks(range(len(lanes)), [lane.name for lane in lanes])
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(LANES) - 0.4, -0.6)
+    axes.set_ylim(len(lanes) - 0.4, -0.6)
     axes.set_xlim(window.start / unit.size, window.end / unit.size)
     axes.set_xlabel(f"simulated time ({unit.word})")
 
@@ -126,7 +130,7 @@ def _bars(axes: Any, rows: NDArray[np.float64], row: int, colour: str, window: W
     widths = np.maximum(ends - starts, window.length / 900)
     axes.broken_barh(
         list(zip(starts / unit, widths / unit, strict=True)), (row - 0.38, 0.76), facecolor=colour, edgecolor="white",
-        linewidth=0.35, zorder=2,
+        linewidth=0.35 if len(rows) < 300 else 0, zorder=2,
     )  # fmt: skip
 
 
@@ -143,7 +147,7 @@ def timeline_words(run: Run, window: Window) -> str:
     """Say what each lane shows: how many spans, and for how long any of them ran."""
     table = window.holds(run.trace.spans.array())
     parts = []
-    for lane in LANES:
+    for lane in report_of(run).lanes:
         rows = lane_rows(run, table, lane)
         if len(rows):
             covered = (

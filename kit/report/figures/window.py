@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import ParameterError, did_you_mean
+from kit.report.flow_report import report_of
 from kit.sim.trace import SPAN_COLUMNS, Trace
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMN",
-    "HARDWARE",
     "Pages",
     "Window",
     "busy",
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 COLUMN = {name: i for i, name in enumerate(SPAN_COLUMNS)}
-HARDWARE = ("gpu_stall", "kernel", "host_program")
 _PAGE, _BLOCK = 4096, 512
 
 
@@ -129,9 +128,9 @@ def window_of(run: Run, stage: str = "") -> Window:
 def window_of_batch(run: Run, batch: int | None = None) -> tuple[int, Window] | None:
     """Return a fault batch's number, from 0, and its window with room around it; None when there is no such batch.
 
-    Without a number, it is the batch that took longest.
+    Without a number, it is the batch that took longest. What a batch is, the flow's `Closeup` says.
     """
-    rows = spans_of(run.trace, run.trace.spans.array(), ("UvmEventTypeGpuFault",))
+    rows = spans_of(run.trace, run.trace.spans.array(), (report_of(run).closeup.step,))
     if batch is None and len(rows):
         batch = int(np.argmax(rows[:, COLUMN["end"]] - rows[:, COLUMN["start"]]))
     if batch is None or not 0 <= batch < len(rows):
@@ -184,15 +183,16 @@ def busy(starts: NDArray[np.float64], ends: NDArray[np.float64], end: float, cel
     return np.clip(np.cumsum(steps)[:cells], 0.0, 1.0)
 
 
-def driver_rows(trace: Trace, table: NDArray[np.float64]) -> NDArray[np.bool_]:
+def driver_rows(run: Run, table: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return which rows are driver steps: neither tool events nor hardware activity."""
-    outside = [i for name, i in trace.steps.ids.items() if name.startswith("UvmEventType") or name in HARDWARE]
+    report = report_of(run)
+    outside = [i for name, i in run.trace.steps.ids.items() if not report.is_step(name)]
     return ~np.isin(table[:, COLUMN["step"]], outside)
 
 
-def self_time(trace: Trace, table: NDArray[np.float64]) -> NDArray[np.float64]:
+def self_time(run: Run, table: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return each row's own time: its duration less its driver-step children's; 0 for other rows."""
-    driver = driver_rows(trace, table)
+    driver = driver_rows(run, table)
     duration = np.where(driver, table[:, COLUMN["end"]] - table[:, COLUMN["start"]], 0.0)
     parent = table[:, COLUMN["parent"]].astype(np.int64)
     inner = driver & (parent >= 0)
