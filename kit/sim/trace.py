@@ -8,25 +8,25 @@ arrays. Doubles hold every address below 2**53 exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from functools import wraps
 from struct import Struct
-from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kit.sim.steps import step, waiting_step
 
 __all__ = ["MOVE_COLUMNS", "SPAN_COLUMNS", "Moves", "Names", "Spans", "Trace", "step", "waiting_step"]
 
 SPAN_COLUMNS = ("start", "end", "step", "actor", "parent", "va", "pages", "bytes", "cause", "status", "value")
 MOVE_COLUMNS = ("start", "end", "first_page", "pages", "src", "dst", "cause")
 PAGE = 4096  # bytes
+LOG_SHIFT = 2  # a row takes 1 << LOG_SHIFT places of the spans' log
+LOG_WIDTH = 1 << LOG_SHIFT
 _STEP_SHIFT = 8  # a span's key is step << 8 | actor
 _FACTS = SPAN_COLUMNS.index("va")  # columns from here on are facts that only some spans have
 _WIDTH = 1 + len(SPAN_COLUMNS) - _FACTS
-_pack_facts = Struct(f"{_WIDTH}d").pack
+pack_facts = Struct(f"{_WIDTH}d").pack
 _pack_move = Struct(f"{len(MOVE_COLUMNS)}d").pack
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Names:
@@ -57,14 +57,11 @@ class Spans:
     columns = SPAN_COLUMNS
 
     def __init__(self) -> None:
-        self.start: list[float] = []
-        self.end: list[float] = []
-        self.key: list[int] = []
-        self.parent: list[int] = []
+        self.log: list[float] = []  # of each row its start, end, key, and the place in this list of its parent
         self.facts = bytearray()  # a row number and the columns from va on, packed as doubles
 
     def __len__(self) -> int:
-        return len(self.start)
+        return len(self.log) >> LOG_SHIFT
 
     def array(self) -> NDArray[np.float64]:
         """Return all rows as a new array, shape (rows, columns)."""
@@ -76,10 +73,12 @@ class Spans:
     def column(self, name: str) -> NDArray[np.float64]:
         """Return one column as a new array, shape (rows,)."""
         if name in ("step", "actor"):
-            key = np.array(self.key, dtype=np.int64)
+            key = np.array(self.log[2::LOG_WIDTH], dtype=np.int64)
             return (key >> _STEP_SHIFT if name == "step" else key & ((1 << _STEP_SHIFT) - 1)).astype(np.float64)
-        if name in ("start", "end", "parent"):
-            return np.array(getattr(self, name), dtype=np.float64)
+        if name == "parent":
+            return (np.array(self.log[3::LOG_WIDTH], dtype=np.int64) >> LOG_SHIFT).astype(np.float64)
+        if name in ("start", "end"):
+            return np.array(self.log[SPAN_COLUMNS.index(name) :: LOG_WIDTH], dtype=np.float64)
         facts = np.frombuffer(self.facts, dtype=np.float64).reshape(-1, _WIDTH)
         blank = -1.0 if name == "va" else 0.0
         said = facts[:, 1 + SPAN_COLUMNS.index(name) - _FACTS]
@@ -142,20 +141,18 @@ class Trace:
         value: float = 0,
     ) -> int:
         """Append one finished span and return its row number."""
-        spans = self.spans
-        row = len(spans.end)
-        spans.start.append(start)
-        spans.end.append(end)
-        spans.key.append(self._keys.get((step, actor)) or self.key(step, actor))
-        spans.parent.append(parent)
-        self.facts(row, va, pages, bytes, cause, status, value)
+        log = self.spans.log
+        row = len(log) >> LOG_SHIFT
+        log += (start, end, self._keys.get((step, actor)) or self.key(step, actor), parent << LOG_SHIFT)
+        if va >= 0 or pages or value or cause or bytes or status != "ok":
+            self.facts(row, va, pages, bytes, cause, status, value)
         return row
 
     def facts(self, row: int, va: int, pages: int, bytes: int, cause: str, status: str, value: float) -> None:
         """Say something about a span: a fact that is blank (-1 for `va`, else 0 or its word) says nothing."""
         cause_id = self.causes(cause) if cause else 0
         status_id = self.statuses(status) if status != "ok" else 0
-        self.spans.facts.extend(_pack_facts(row, va, pages, bytes, cause_id, status_id, value))
+        self.spans.facts += pack_facts(row, va, pages, bytes, cause_id, status_id, value)
 
     def key(self, step: str, actor: str) -> int:
         """Return the span key of a step by an actor."""
@@ -166,7 +163,7 @@ class Trace:
 
     def move(self, start: float, end: float, first_page: int, pages: int, src: int, dst: int, cause: str = "") -> None:
         """Append a run of pages going from residency mask `src` to `dst`."""
-        self.moves.rows.extend(_pack_move(start, end, first_page, pages, src, dst, self.causes(cause)))
+        self.moves.rows += _pack_move(start, end, first_page, pages, src, dst, self.causes(cause))
 
     def copied(
         self, step: str, actor: str, parent: int, times: list[float], copies: list[tuple[int, int, str]], src: int,
@@ -182,16 +179,16 @@ class Trace:
         src, dst : int
             Residency masks; equal ones make no moves.
         """
-        spans, moves, row = self.spans, self.moves.rows, len(self.spans.end)
+        log, facts, moves = self.spans.log, self.spans.facts, self.moves.rows
+        row = len(log) >> LOG_SHIFT
         for at, (page, pages, cause) in enumerate(copies):
             why = self.causes(cause)
-            spans.facts.extend(_pack_facts(row + at, page * PAGE, pages, pages * PAGE, why, 0, 0))
+            facts += pack_facts(row + at, page * PAGE, pages, pages * PAGE, why, 0, 0)
             if src != dst:
-                moves.extend(_pack_move(times[at], times[at + 1], page, pages, src, dst, why))
-        spans.start.extend(times[:-1])
-        spans.end.extend(times[1:])
-        spans.key.extend([self.key(step, actor)] * len(copies))
-        spans.parent.extend([parent] * len(copies))
+                moves += _pack_move(times[at], times[at + 1], page, pages, src, dst, why)
+        rows: list[float] = [self.key(step, actor), parent << LOG_SHIFT] * (2 * len(copies))
+        rows[::LOG_WIDTH], rows[1::LOG_WIDTH] = times[:-1], times[1:]
+        log += rows
 
     def residency_at(self, time: float, first_page: int, pages: int) -> NDArray[np.int16]:
         """Return where each page is at `time`: a residency mask, or -1 while in flight.
@@ -215,56 +212,3 @@ class Trace:
             if lo < hi:
                 where[lo:hi] = int(dst) if end <= time else -1
         return where
-
-
-def step(function: F) -> F:
-    """Record a driver function as a span named after it.
-
-    Its second argument is the `Thread` that runs it: the clock gives start and end, the stack the
-    parent. This wrapper runs tens of times for one fault, so it touches the columns directly.
-    """
-    name = function.__name__
-
-    @wraps(function)
-    def recorded(subject: Any, thread: Any, *args: Any, **kwargs: Any) -> Any:
-        spans, parent = thread.spans, thread.row
-        ends = spans.end
-        row = thread.row = len(ends)
-        now = thread.now
-        ends.append(now)  # until it is closed, a span ends where it starts
-        spans.start.append(now)
-        spans.key.append(thread.keys.get(name) or thread.key(name))
-        spans.parent.append(parent)
-        try:
-            return function(subject, thread, *args, **kwargs)
-        finally:
-            thread.row = parent
-            ends[row] = thread.now
-
-    return cast(F, recorded)
-
-
-def waiting_step(function: F) -> F:
-    """`step` for a function that may wait, to be driven with ``yield from``; it may pass on what another returns.
-
-    The lines of `step` stand here again on purpose: a shared helper would cost a call for every span.
-    """
-    name = function.__name__
-
-    @wraps(function)
-    def recorded(subject: Any, thread: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        spans, parent = thread.spans, thread.row
-        ends = spans.end
-        row = thread.row = len(ends)
-        now = thread.now
-        ends.append(now)  # until it is closed, a span ends where it starts
-        spans.start.append(now)
-        spans.key.append(thread.keys.get(name) or thread.key(name))
-        spans.parent.append(parent)
-        try:
-            return (yield from function(subject, thread, *args, **kwargs))
-        finally:
-            thread.row = parent
-            ends[row] = thread.now
-
-    return cast(F, recorded)

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import numpy as np
+from numpy.typing import NDArray
 
-from kit.drivers.uvm.fault_buffer import FaultBuffer
+from kit.drivers.uvm.fault_buffer import FaultBuffer, plain
 from kit.drivers.uvm.gpu import Gpu
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
 __all__ = ["FaultBatch", "fetch_fault_buffer_entries", "preprocess_fault_batch"]
 
+NO_FAULTS: tuple[list[int], ...] = ([], [], [], [], [])  # columns of an empty batch; nobody adds to them
 
-@dataclass(slots=True)
+
 class FaultBatch:
     """uvm_fault_service_batch_context_t: one batch, its columns sorted by address, strongest access first.
 
     ``instances`` counts the raw entries merged into a representative while fetching; same-page
-    entries that remain after the sort are duplicates of the first.
+    entries that remain after the sort are duplicates of the first. ``ascending`` holds pages and
+    accesses as arrays when they came in that order, each page once.
     """
 
-    page: Sequence[int] = ()
-    access: Sequence[int] = ()
-    instances: Sequence[int] = ()
-    utlb: Sequence[int] = ()
-    fatal_type: Sequence[int] = ()
-    first_time: float = 0.0
-    num_cached: int = 0
-    num_duplicates: int = 0
-    num_invalid_prefetch: int = 0
-    num_replays: int = 0
-    has_throttled: bool = False
-    fatal: dict[int, str] = field(default_factory=dict)
-    tracker: float = 0.0
-    copies_end: float = 0.0
+    page: list[int]
+    access: list[int]
+    instances: list[int]
+    utlb: list[int]
+    fatal_type: list[int]
+    ascending: tuple[NDArray[np.int64], NDArray[np.int8]] | None = None
+    first_time = 0.0
+    num_cached = 0
+    num_duplicates = 0
+    num_invalid_prefetch = 0
+    num_replays = 0
+    has_throttled = False
+    tracker = 0.0
+    copies_end = 0.0
+
+    def __init__(self) -> None:
+        self.page, self.access, self.instances, self.utlb, self.fatal_type = NO_FAULTS
+        self.fatal: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.page)
@@ -62,13 +68,17 @@ def fetch_fault_buffer_entries(gpu: Gpu, thread: Thread, batch: FaultBatch, ever
     batch.num_cached = limit
     if not limit:
         return
-    time, batch.page, batch.access, batch.utlb, batch.fatal_type = buffer.read(limit)
-    batch.first_time = min(time)
+    time, *columns = buffer.read(limit)
+    batch.page, batch.access, batch.utlb, batch.fatal_type = map(plain, columns)
+    batch.first_time = float(time[0])
     batch.instances = [1] * limit
+    page, access = columns[:2]
+    if isinstance(page, np.ndarray) and isinstance(access, np.ndarray) and (page[1:] > page[:-1]).all():
+        batch.ascending = page, access
     coalesce = module.fault_coalesce and not (everything and not gpu.hal.cancel_by_address)
-    if coalesce and len(set(batch.page)) < limit:
+    if limit > 1 and coalesce and batch.ascending is None and len(set(batch.page)) < limit:
         _merge(batch)
-    thread.note(pages=len(batch), value=limit)
+    thread.note(pages=len(batch.page), value=limit)
 
 
 def _merge(batch: FaultBatch) -> None:
@@ -108,9 +118,9 @@ def _merge(batch: FaultBatch) -> None:
 @step
 def preprocess_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
     """Sort by address, strongest access first; one channel, so one instance pointer (uvm_gpu_replayable_faults.c)."""
-    count = len(batch)
+    count = len(batch.page)
     thread.charge(count * gpu.costs.preprocess_entry)
-    if count > 1 and list(batch.page) != sorted(set(batch.page)):
+    if count > 1 and batch.ascending is None and batch.page != sorted(set(batch.page)):
         rank = [page * 8 - access for page, access in zip(batch.page, batch.access, strict=True)]
         batch.pick(sorted(range(count), key=rank.__getitem__))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kit.drivers.uvm.pmm_gpu import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, MoreProcessingRequired, VaBlock
@@ -18,18 +19,19 @@ if TYPE_CHECKING:
 __all__ = ["BlockContext", "block_populate_pages", "uvm_va_block_gpu_state_get_alloc", "uvm_va_block_retry_deinit"]
 
 
-@dataclass(slots=True)
 class BlockContext:
     """State of one block operation: chunks of a retry, and what the last make-resident did."""
 
-    dest: int = CPU
-    cause: str = "fault"
-    pages_changed_residency: int = 0
-    did_copy: bool = False
-    pages_copied: int = 0
-    copies_end: float = 0.0
-    free_chunks: list[Chunk] = field(default_factory=list)
-    used_chunks: list[Chunk] = field(default_factory=list)
+    dest = CPU
+    cause = "fault"
+    pages_changed_residency = 0
+    did_copy = False
+    pages_copied = 0
+    copies_end = 0.0
+
+    def __init__(self) -> None:
+        self.free_chunks: list[Chunk] = []
+        self.used_chunks: list[Chunk] = []
 
 
 @step
@@ -40,7 +42,8 @@ def uvm_va_block_retry_deinit(context: BlockContext, thread: Thread, gpu: Gpu) -
     for chunk in context.free_chunks:
         chunk.root.pins -= 1
         gpu.pmm.free(thread, chunk)
-    context.used_chunks, context.free_chunks = [], []
+    context.used_chunks.clear()
+    context.free_chunks.clear()
 
 
 @waiting_step
@@ -74,7 +77,7 @@ def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: int) -> Non
         if region(first, count) & ~(block.resident[CPU] | block.resident[GPU]):
             va_space.host.zero(slice(frame, frame + count))
             thread.charge(count * costs.cpu_zero_page)
-        frames[first : first + count] = range(frame, frame + count)
+        frames[first : first + count] = np.arange(frame, frame + count)
         block.cpu_chunks[first] = (frame, count, each)
         held |= region(first, count)
         todo &= ~held
@@ -142,7 +145,7 @@ def block_populate_gpu_chunk(block: VaBlock, thread: Thread, context: BlockConte
     block_zero_new_gpu_chunk(block, thread, chunk, first)
     gpu.pmm.own(chunk, block, first)
     block.gpu_chunks[first] = chunk
-    block.frames[GPU][first : first + pages] = range(chunk.frame, chunk.frame + pages)
+    block.frames[GPU][first : first + pages] = np.arange(chunk.frame, chunk.frame + pages)
     gpu.frames.ensure(chunk.frame + pages)
     context.used_chunks.append(chunk)
 

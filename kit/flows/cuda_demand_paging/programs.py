@@ -99,12 +99,12 @@ def stream_kernel(
 ) -> StreamKernel:
     """Make a kernel of a list of accesses, each after a prefetch instruction `ahead` pages on (0: none)."""
     pages = accesses.page + base
-    kind = np.where(accesses.write, WRITE, READ).astype(np.int8)
+    kind = np.where(accesses.write, np.int8(WRITE), np.int8(READ))
     if ahead:
         pages, kind = np.stack([pages + ahead, pages], 1), np.stack([np.full_like(kind, PREFETCH), kind], 1)
         pages, kind = pages.reshape(-1), kind.reshape(-1)
     capacity = int(gpu.machine["misses_per_sm"] * gpu.machine["sms"])
-    slots = gpu.table.walk(pages).astype(np.int64)
+    slots = gpu.table.walk(pages)
     return StreamKernel(
         name,
         slots,
