@@ -13,7 +13,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bools", "first_page", "from_bools", "from_pages", "pages_of", "region", "runs", "selection"]
+__all__ = [
+    "bools", "first_page", "from_bools", "from_pages", "pages_of", "pieces", "region", "run_of", "run_count", "runs",
+    "selection",
+]  # fmt: skip
 
 
 def region(first: int, count: int) -> int:
@@ -41,6 +44,51 @@ def runs(mask: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+def run_count(mask: int) -> int:
+    """Return how many contiguous runs a mask has."""
+    return (mask & ~(mask << 1)).bit_count()
+
+
+def run_of(mask: int) -> slice | None:
+    """Return the pages of a mask that is one run, as a slice; None when it is several."""
+    low = mask & -mask
+    if mask + low & mask:
+        return None
+    return slice(low.bit_length() - 1, mask.bit_length())
+
+
+def pieces(mask: int, apart: int) -> tuple[list[int], list[int], list[int]]:
+    """Return the runs of a mask, cut where they enter or leave the pages of `apart`, ascending.
+
+    Returns
+    -------
+    first, pages : list of int
+    inside : list of int
+        1 for a piece inside `apart`, else 0.
+    """
+    inside = mask & apart
+    outside = mask ^ inside
+    starts = inside & ~(inside << 1) | outside & ~(outside << 1)
+    ends = ~inside & inside << 1 | ~outside & outside << 1  # one past the last page of each
+    first = positions(starts)
+    pages = [end - start for start, end in zip(first, positions(ends), strict=True)]
+    if not inside:
+        return first, pages, [0] * len(first)
+    return first, pages, [inside >> start & 1 for start in first]
+
+
+def positions(mask: int) -> list[int]:
+    """Return the page numbers of a mask, ascending, as plain integers."""
+    if mask.bit_count() > 6:
+        return np.unpackbits(_bytes(mask, mask.bit_length()), bitorder="little").nonzero()[0].tolist()
+    found = []
+    while mask:
+        low = mask & -mask
+        found.append(low.bit_length() - 1)
+        mask ^= low
+    return found
+
+
 def from_pages(pages: Sequence[int] | NDArray[np.integer]) -> int:
     """Return the mask of the given page numbers (duplicates allowed), shape (n,)."""
     if len(pages) < 8:
@@ -61,20 +109,22 @@ def from_bools(marks: NDArray[np.bool_]) -> int:
 
 def bools(mask: int, count: int) -> NDArray[np.bool_]:
     """Return a mask as booleans, shape (count,)."""
-    raw = np.frombuffer(mask.to_bytes((count + 7) // 8, "little"), dtype=np.uint8)
-    return np.unpackbits(raw, count=count, bitorder="little").view(np.bool_)
+    return np.unpackbits(_bytes(mask, count), count=count, bitorder="little").view(np.bool_)
+
+
+def _bytes(mask: int, count: int) -> NDArray[np.uint8]:
+    return np.frombuffer(mask.to_bytes((count + 7) // 8, "little"), dtype=np.uint8)
 
 
 @lru_cache(maxsize=1 << 12)
 def selection(mask: int, count: int) -> slice | NDArray[np.bool_]:
     """Return what picks the pages of a mask out of an array of `count` pages: a slice when they are one run."""
-    low = mask & -mask
-    if mask + low & mask:
+    run = run_of(mask)
+    if run is None:
         picked = bools(mask, count)
         picked.flags.writeable = False  # everybody who asks again gets this one
         return picked
-    first = low.bit_length() - 1
-    return slice(first, first + mask.bit_count())
+    return run
 
 
 def pages_of(mask: int) -> NDArray[np.int64]:

@@ -8,7 +8,10 @@ arrays. Doubles hold every address below 2**53 exactly.
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import add
 from struct import Struct
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +62,7 @@ class Spans:
     def __init__(self) -> None:
         self.log: list[float] = []  # of each row its start, end, key, and the place in this list of its parent
         self.facts = bytearray()  # a row number and the columns from va on, packed as doubles
+        self.copied: list[tuple[int, list[int], list[int], list[int]]] = []  # first row; page, pages, cause of each
 
     def __len__(self) -> int:
         return len(self.log) >> LOG_SHIFT
@@ -79,6 +83,7 @@ class Spans:
             return (np.array(self.log[3::LOG_WIDTH], dtype=np.int64) >> LOG_SHIFT).astype(np.float64)
         if name in ("start", "end"):
             return np.array(self.log[SPAN_COLUMNS.index(name) :: LOG_WIDTH], dtype=np.float64)
+        self._lay_out_copies()
         facts = np.frombuffer(self.facts, dtype=np.float64).reshape(-1, _WIDTH)
         blank = -1.0 if name == "va" else 0.0
         said = facts[:, 1 + SPAN_COLUMNS.index(name) - _FACTS]
@@ -86,6 +91,37 @@ class Spans:
         column = np.full(len(self), blank)
         column[facts[chosen, 0].astype(np.int64)] = said[chosen]
         return column
+
+    def _lay_out_copies(self) -> None:
+        """Add what is known about copies to the facts."""
+        row, page, pages, cause = (list(column) for column in zip(*self.copied, strict=True)) if self.copied else [[]] * 4
+        facts = np.zeros((sum(map(len, page)), _WIDTH))
+        facts[:, 0] = np.fromiter(chain(*map(range, row, map(add, row, map(len, page)))), np.float64)
+        facts[:, 2] = np.fromiter(chain(*pages), np.float64)
+        facts[:, 1], facts[:, 3] = np.fromiter(chain(*page), np.float64) * PAGE, facts[:, 2] * PAGE
+        facts[:, 4] = np.fromiter(chain(*cause), np.float64)
+        self.facts += facts.tobytes()
+        self.copied.clear()
+
+
+class Copied(NamedTuple):
+    """Moves of one push of copies, kept as they were made: `place` is where in the packed rows they belong."""
+
+    place: int
+    times: list[float]
+    page: list[int]
+    pages: list[int]
+    src: int
+    dst: int
+    cause: list[int]
+
+    def rows(self) -> NDArray[np.float64]:
+        """Return the moves, shape (n, columns)."""
+        found = np.empty((len(self.page), len(MOVE_COLUMNS)))
+        columns = (self.times[:-1], self.times[1:], self.page, self.pages, self.src, self.dst, self.cause)
+        for at, column in enumerate(columns):
+            found[:, at] = column
+        return found
 
 
 class Moves:
@@ -100,12 +136,26 @@ class Moves:
 
     def __init__(self) -> None:
         self.rows = bytearray()  # the columns, packed as doubles
+        self.copied: list[Copied] = []
 
     def __len__(self) -> int:
-        return len(self.rows) // (8 * len(MOVE_COLUMNS))
+        return len(self.array())
+
+    def _lay_out_copies(self) -> None:
+        """Put the moves of copies in their places."""
+        laid, place = [], 0
+        for copied in self.copied:
+            laid.append(self.rows[place : copied.place])
+            laid.append(copied.rows().tobytes())
+            place = copied.place
+        laid.append(self.rows[place:])
+        self.rows[:] = b"".join(laid)
+        self.copied.clear()
 
     def array(self) -> NDArray[np.float64]:
         """Return all rows as a new array, shape (rows, columns)."""
+        if self.copied:
+            self._lay_out_copies()
         return np.frombuffer(bytearray(self.rows), dtype=np.float64).reshape(-1, len(MOVE_COLUMNS))
 
     def column(self, name: str) -> NDArray[np.float64]:
@@ -166,8 +216,8 @@ class Trace:
         self.moves.rows += _pack_move(start, end, first_page, pages, src, dst, self.causes(cause))
 
     def copied(
-        self, step: str, actor: str, parent: int, times: list[float], copies: list[tuple[int, int, str]], src: int,
-        dst: int,
+        self, step: str, actor: str, parent: int, times: list[float], page: list[int], pages: list[int],
+        cause: list[str], src: int, dst: int,
     ) -> None:  # fmt: skip
         """Append a finished span and a move for each of several runs of pages, copied one after the other.
 
@@ -175,18 +225,17 @@ class Trace:
         ----------
         times : list of float, length n + 1
             When each copy starts, and when the last one ends.
-        copies : list of (first page, pages, cause), length n
+        page, pages, cause : list, length n
+            First page, number of pages and cause of each.
         src, dst : int
             Residency masks; equal ones make no moves.
         """
-        log, facts, moves = self.spans.log, self.spans.facts, self.moves.rows
-        row = len(log) >> LOG_SHIFT
-        for at, (page, pages, cause) in enumerate(copies):
-            why = self.causes(cause)
-            facts += pack_facts(row + at, page * PAGE, pages, pages * PAGE, why, 0, 0)
-            if src != dst:
-                moves += _pack_move(times[at], times[at + 1], page, pages, src, dst, why)
-        rows: list[float] = [self.key(step, actor), parent << LOG_SHIFT] * (2 * len(copies))
+        log, moves = self.spans.log, self.moves
+        causes = [self.causes(word) for word in cause]
+        self.spans.copied.append((len(log) >> LOG_SHIFT, page, pages, causes))
+        if src != dst:
+            moves.copied.append(Copied(len(moves.rows), times, page, pages, src, dst, causes))
+        rows: list[float] = [self.key(step, actor), parent << LOG_SHIFT] * (2 * len(page))
         rows[::LOG_WIDTH], rows[1::LOG_WIDTH] = times[:-1], times[1:]
         log += rows
 

@@ -13,7 +13,7 @@ from kit.drivers.uvm.pmm_gpu import Pmm
 from kit.drivers.uvm.types import BLOCK_PAGES
 from kit.errors import ParameterError
 from kit.memory.frames import Frames
-from kit.memory.pagemask import runs
+from kit.memory.pagemask import run_count
 from kit.memory.pagetable import GEOMETRIES, PageTable
 from kit.sim.engine import Engine, Lock
 from kit.sim.machine import Machine
@@ -123,7 +123,7 @@ class Gpu:
 
     def tlb_invalidate(self, mask: int) -> float:
         """Return the cost of invalidating `mask`: a method a page or a range, or one for everything."""
-        ranges = len(runs(mask))
+        ranges = run_count(mask)
         units = ranges if self.hal.tlb_by_range else mask.bit_count()
         # More than four queued ranges become one invalidate-all (uvm_tlb_batch.h), as do too many pages.
         if ranges > 4 or units > self.hal.tlb_ranges_max:

@@ -16,7 +16,7 @@ from kit.drivers.uvm.types import (
     VaBlock,
     VaSpace,
 )
-from kit.memory.pagemask import region, runs
+from kit.memory.pagemask import runs, selection
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -24,6 +24,9 @@ __all__ = [
     "uvm_va_block_add_mappings", "uvm_va_block_add_mappings_after_migration", "uvm_va_block_map",
     "uvm_va_block_revoke_prot", "uvm_va_block_revoke_prot_mask", "uvm_va_block_unmap", "uvm_va_block_unmap_mask",
 ]  # fmt: skip
+
+
+_BIG_STARTS = sum(1 << at for at in range(0, BLOCK_PAGES, BIG_PAGES))
 
 
 @step
@@ -229,13 +232,11 @@ def uvm_va_block_add_mappings(block: VaBlock, thread: Thread, mask: int, process
 
 def _write_ptes(block: VaBlock, gpu: Gpu, mask: int, prot: int, location: int = GPU) -> int:
     """Update the GPU's table and return how many entries of which size had to be written."""
-    table, slot = gpu.table, block.slot[GPU]
-    for first, count in runs(mask):
-        if prot:
-            frames = block.frames[location]
-            table.map(slot + first, count, frames[first : first + count], prot)
-        else:
-            table.unmap(slot + first, count)
+    table, at = gpu.table, selection(mask, block.pages)
+    slot = block.slot[GPU]
+    table.window(slot, block.pages)[at] = prot
+    if prot:
+        table.frame[slot : slot + block.pages][at] = block.frames[location][at]
     return _pte_sizes(block, mask, prot, location)
 
 
@@ -254,16 +255,22 @@ def _pte_sizes(block: VaBlock, mask: int, prot: int, location: int) -> int:
     if block.pte_2m:
         block.pte_2m, block.big_ptes = False, 0
         writes += BLOCK_PAGES // BIG_PAGES
-    lead = -block.first % BIG_PAGES
-    for first, count in runs(mask):
-        low = first + (-(first - lead) % BIG_PAGES)
-        high = first + count - (first + count - lead) % BIG_PAGES
-        if low < high and not block.cancel_4k and (single or location == GPU):
-            writes += (high - low) // BIG_PAGES + (count - (high - low))
-            block.big_ptes |= region(low, high - low)
-        else:
-            writes += count
-    return writes
+    if single or location == GPU:
+        if not block.cancel_4k:
+            big = _big_pages(mask, -block.first % BIG_PAGES)
+            block.big_ptes |= big
+            writes -= big.bit_count() // BIG_PAGES * (BIG_PAGES - 1)
+    return writes + mask.bit_count()
+
+
+def _big_pages(mask: int, lead: int) -> int:
+    """Return the pages of a mask that make whole 64 KiB pages; the first of these starts at page `lead`."""
+    found = mask & mask >> 1  # followed by one more page of the mask, then by three, seven, fifteen
+    found &= found >> 2
+    found &= found >> 4
+    found &= found >> 8
+    found &= _BIG_STARTS << lead
+    return (found << BIG_PAGES) - found
 
 
 def _single_chunk(block: VaBlock, location: int) -> bool:
