@@ -8,10 +8,8 @@ arrays. Doubles hold every address below 2**53 exactly.
 
 from __future__ import annotations
 
-from itertools import chain
-from operator import add
+from collections.abc import Callable
 from struct import Struct
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +28,7 @@ _FACTS = SPAN_COLUMNS.index("va")  # columns from here on are facts that only so
 _WIDTH = 1 + len(SPAN_COLUMNS) - _FACTS
 pack_facts = Struct(f"{_WIDTH}d").pack
 _pack_move = Struct(f"{len(MOVE_COLUMNS)}d").pack
+MOVE_BYTES = 8 * len(MOVE_COLUMNS)
 
 
 class Names:
@@ -62,7 +61,7 @@ class Spans:
     def __init__(self) -> None:
         self.log: list[float] = []  # of each row its start, end, key, and the place in this list of its parent
         self.facts = bytearray()  # a row number and the columns from va on, packed as doubles
-        self.copied: list[tuple[int, list[int], list[int], list[int]]] = []  # first row; page, pages, cause of each
+        self.before_reading: Callable[[], None] = lambda: None  # completes the facts
 
     def __len__(self) -> int:
         return len(self.log) >> LOG_SHIFT
@@ -83,7 +82,7 @@ class Spans:
             return (np.array(self.log[3::LOG_WIDTH], dtype=np.int64) >> LOG_SHIFT).astype(np.float64)
         if name in ("start", "end"):
             return np.array(self.log[SPAN_COLUMNS.index(name) :: LOG_WIDTH], dtype=np.float64)
-        self._lay_out_copies()
+        self.before_reading()
         facts = np.frombuffer(self.facts, dtype=np.float64).reshape(-1, _WIDTH)
         blank = -1.0 if name == "va" else 0.0
         said = facts[:, 1 + SPAN_COLUMNS.index(name) - _FACTS]
@@ -91,37 +90,6 @@ class Spans:
         column = np.full(len(self), blank)
         column[facts[chosen, 0].astype(np.int64)] = said[chosen]
         return column
-
-    def _lay_out_copies(self) -> None:
-        """Add what is known about copies to the facts."""
-        row, page, pages, cause = (list(column) for column in zip(*self.copied, strict=True)) if self.copied else [[]] * 4
-        facts = np.zeros((sum(map(len, page)), _WIDTH))
-        facts[:, 0] = np.fromiter(chain(*map(range, row, map(add, row, map(len, page)))), np.float64)
-        facts[:, 2] = np.fromiter(chain(*pages), np.float64)
-        facts[:, 1], facts[:, 3] = np.fromiter(chain(*page), np.float64) * PAGE, facts[:, 2] * PAGE
-        facts[:, 4] = np.fromiter(chain(*cause), np.float64)
-        self.facts += facts.tobytes()
-        self.copied.clear()
-
-
-class Copied(NamedTuple):
-    """Moves of one push of copies, kept as they were made: `place` is where in the packed rows they belong."""
-
-    place: int
-    times: list[float]
-    page: list[int]
-    pages: list[int]
-    src: int
-    dst: int
-    cause: list[int]
-
-    def rows(self) -> NDArray[np.float64]:
-        """Return the moves, shape (n, columns)."""
-        found = np.empty((len(self.page), len(MOVE_COLUMNS)))
-        columns = (self.times[:-1], self.times[1:], self.page, self.pages, self.src, self.dst, self.cause)
-        for at, column in enumerate(columns):
-            found[:, at] = column
-        return found
 
 
 class Moves:
@@ -136,31 +104,54 @@ class Moves:
 
     def __init__(self) -> None:
         self.rows = bytearray()  # the columns, packed as doubles
-        self.copied: list[Copied] = []
+        self.before_reading: Callable[[], None] = lambda: None  # completes the rows
 
     def __len__(self) -> int:
-        return len(self.array())
-
-    def _lay_out_copies(self) -> None:
-        """Put the moves of copies in their places."""
-        laid, place = [], 0
-        for copied in self.copied:
-            laid.append(self.rows[place : copied.place])
-            laid.append(copied.rows().tobytes())
-            place = copied.place
-        laid.append(self.rows[place:])
-        self.rows[:] = b"".join(laid)
-        self.copied.clear()
+        self.before_reading()
+        return len(self.rows) // MOVE_BYTES
 
     def array(self) -> NDArray[np.float64]:
         """Return all rows as a new array, shape (rows, columns)."""
-        if self.copied:
-            self._lay_out_copies()
+        self.before_reading()
         return np.frombuffer(bytearray(self.rows), dtype=np.float64).reshape(-1, len(MOVE_COLUMNS))
 
     def column(self, name: str) -> NDArray[np.float64]:
         """Return one column as a new array, shape (rows,)."""
         return self.array()[:, MOVE_COLUMNS.index(name)].copy()
+
+
+class Copies:
+    """Copies as they were pushed, several at a time, until somebody reads spans or moves.
+
+    Then each becomes facts of its span, and a move in the place that it had among the moves.
+    """
+
+    def __init__(self, spans: Spans, moves: Moves) -> None:
+        self.spans, self.moves = spans, moves
+        self.pushes: list[int] = []  # of each push its first row, its copies, its place in the moves, src and dst
+        self.page: list[int] = []  # of each copy
+        self.pages: list[int] = []
+        self.cause: list[int] = []
+        spans.before_reading = moves.before_reading = self.lay_out
+
+    def lay_out(self) -> None:
+        """Complete facts and moves."""
+        if not self.pushes:
+            return
+        pushes = np.array(self.pushes, dtype=np.int64).reshape(-1, 5)
+        of_push = np.repeat(np.arange(len(pushes)), pushes[:, 1])
+        row, _, place, src, dst = pushes[of_push].T
+        row = row + np.arange(len(row)) - (np.cumsum(pushes[:, 1]) - pushes[:, 1])[of_push]
+        page, pages, cause = (np.array(column, dtype=np.float64) for column in (self.page, self.pages, self.cause))
+        blank = np.zeros(len(row))
+        self.spans.facts += np.stack([row, page * PAGE, pages, pages * PAGE, cause, blank, blank], 1).tobytes()
+        log, at = self.spans.log, (row << LOG_SHIFT).tolist()
+        start, end = np.array([log[i] for i in at]), np.array([log[i + 1] for i in at])
+        moved = np.stack([start, end, page, pages, src, dst, cause], 1)[src != dst]
+        rows = np.frombuffer(bytes(self.moves.rows), dtype=np.float64).reshape(-1, len(MOVE_COLUMNS))
+        self.moves.rows[:] = np.insert(rows, place[src != dst], moved, axis=0).tobytes()
+        for column in (self.pushes, self.page, self.pages, self.cause):
+            column.clear()
 
 
 class Trace:
@@ -169,6 +160,7 @@ class Trace:
     def __init__(self) -> None:
         self.spans = Spans()
         self.moves = Moves()
+        self.copies = Copies(self.spans, self.moves)
         self.steps = Names()
         self.actors = Names()
         self.causes = Names("")
@@ -230,11 +222,11 @@ class Trace:
         src, dst : int
             Residency masks; equal ones make no moves.
         """
-        log, moves = self.spans.log, self.moves
-        causes = [self.causes(word) for word in cause]
-        self.spans.copied.append((len(log) >> LOG_SHIFT, page, pages, causes))
-        if src != dst:
-            moves.copied.append(Copied(len(moves.rows), times, page, pages, src, dst, causes))
+        log, copies = self.spans.log, self.copies
+        copies.pushes += (len(log) >> LOG_SHIFT, len(page), len(self.moves.rows) // MOVE_BYTES, src, dst)
+        copies.page += page
+        copies.pages += pages
+        copies.cause += map(self.causes, cause)
         rows: list[float] = [self.key(step, actor), parent << LOG_SHIFT] * (2 * len(page))
         rows[::LOG_WIDTH], rows[1::LOG_WIDTH] = times[:-1], times[1:]
         log += rows
