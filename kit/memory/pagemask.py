@@ -18,6 +18,8 @@ __all__ = [
     "selection",
 ]  # fmt: skip
 
+FEW = 6  # runs up to which a loop is faster than arrays
+
 
 def region(first: int, count: int) -> int:
     """Return the mask of `count` pages from page `first`."""
@@ -32,15 +34,13 @@ def first_page(mask: int) -> int:
 @lru_cache(maxsize=1 << 12)
 def runs(mask: int) -> tuple[tuple[int, int], ...]:
     """Return (first page, pages) of each contiguous run, ascending."""
-    found, at = [], 0
+    found = []
     while mask:
-        gap = (mask & -mask).bit_length() - 1
-        mask >>= gap
-        at += gap
-        length = (~mask & (mask + 1)).bit_length() - 1
-        found.append((at, length))
-        mask >>= length
-        at += length
+        low = mask & -mask
+        rest = mask + low  # the carry clears the lowest run and sets the bit past it
+        first = low.bit_length() - 1
+        found.append((first, (mask ^ rest).bit_length() - 1 - first))
+        mask &= rest
     return tuple(found)
 
 
@@ -68,12 +68,14 @@ def pieces(mask: int, apart: int) -> tuple[list[int], list[int], list[int]]:
     """
     inside = mask & apart
     outside = mask ^ inside
+    if run_count(inside) + run_count(outside) <= FEW:
+        found = [(*run, 0) for run in runs(outside)] + [(*run, 1) for run in runs(inside)]
+        found.sort()
+        return [at for at, _, _ in found], [count for _, count, _ in found], [within for _, _, within in found]
     starts = inside & ~(inside << 1) | outside & ~(outside << 1)
     ends = ~inside & inside << 1 | ~outside & outside << 1  # one past the last page of each
     first = positions(starts)
     pages = [end - start for start, end in zip(first, positions(ends), strict=True)]
-    if not inside:
-        return first, pages, [0] * len(first)
     return first, pages, [inside >> start & 1 for start in first]
 
 

@@ -79,7 +79,7 @@ class Engine:
     @property
     def now(self) -> float:
         """Simulated time in microseconds."""
-        return self.env.now
+        return float(self.env._now)
 
     def thread(self, name: str) -> Thread:
         """Return a new actor whose spans carry `name`."""
@@ -186,10 +186,11 @@ class Lock:
 
     def acquire(self, thread: Thread) -> Iterable[simpy.Event]:
         """Take the lock for `thread`, in order of arrival."""
-        if thread.in_step() and self.holder is None:
-            self.holder = thread
-            return NO_WAIT
-        return self._acquire(thread)
+        now = thread._env.reach(thread.now)
+        if now is None or self.holder is not None:
+            return self._acquire(thread)
+        thread.now, self.holder = now, thread
+        return NO_WAIT
 
     def _acquire(self, thread: Thread) -> Wait:
         yield from thread.sync()
@@ -204,10 +205,15 @@ class Lock:
         """Give the lock up once everybody has caught up with the holder's clock."""
         if self.holder is not thread:
             raise RuntimeError(f"{thread.name} releases a lock held by {self.holder and self.holder.name}")
-        if thread.in_step():
+        now = thread._env.reach(thread.now)
+        if now is None:
+            return self._release(thread)
+        thread.now = now
+        if self._waiting:
             self._give_up()
-            return NO_WAIT
-        return self._release(thread)
+        else:
+            self.holder = None
+        return NO_WAIT
 
     def _release(self, thread: Thread) -> Wait:
         yield from thread.sync()

@@ -15,7 +15,7 @@ __all__ = ["step", "waiting_step"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# A span takes four places of the log: start, end, key, and its parent's place. Until it is closed, it ends where it
+# A span takes four places of the log: end, start, key, and its parent's place. Until it is closed, it ends where it
 # starts.
 _RECORDED = """
 def make(_function, _name):
@@ -32,7 +32,7 @@ def make(_function, _name):
             return {call}
         finally:
             {thread}.at = _parent
-            _log[_at + 1] = {thread}.now
+            _log[_at] = {thread}.now
     return recorded
 """
 _MARKS: dict[Any, str] = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}

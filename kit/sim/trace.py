@@ -59,7 +59,7 @@ class Spans:
     columns = SPAN_COLUMNS
 
     def __init__(self) -> None:
-        self.log: list[float] = []  # of each row its start, end, key, and the place in this list of its parent
+        self.log: list[float] = []  # of each row its end, start, key, and the place in this list of its parent
         self.facts = bytearray()  # a row number and the columns from va on, packed as doubles
         self.before_reading: Callable[[], None] = lambda: None  # completes the facts
 
@@ -81,7 +81,7 @@ class Spans:
         if name == "parent":
             return (np.array(self.log[3::LOG_WIDTH], dtype=np.int64) >> LOG_SHIFT).astype(np.float64)
         if name in ("start", "end"):
-            return np.array(self.log[SPAN_COLUMNS.index(name) :: LOG_WIDTH], dtype=np.float64)
+            return np.array(self.log[name == "start" :: LOG_WIDTH], dtype=np.float64)
         self.before_reading()
         facts = np.frombuffer(self.facts, dtype=np.float64).reshape(-1, _WIDTH)
         blank = -1.0 if name == "va" else 0.0
@@ -146,7 +146,7 @@ class Copies:
         blank = np.zeros(len(row))
         self.spans.facts += np.stack([row, page * PAGE, pages, pages * PAGE, cause, blank, blank], 1).tobytes()
         log, at = self.spans.log, (row << LOG_SHIFT).tolist()
-        start, end = np.array([log[i] for i in at]), np.array([log[i + 1] for i in at])
+        start, end = np.array([log[i + 1] for i in at]), np.array([log[i] for i in at])
         moved = np.stack([start, end, page, pages, src, dst, cause], 1)[src != dst]
         rows = np.frombuffer(bytes(self.moves.rows), dtype=np.float64).reshape(-1, len(MOVE_COLUMNS))
         self.moves.rows[:] = np.insert(rows, place[src != dst], moved, axis=0).tobytes()
@@ -185,7 +185,7 @@ class Trace:
         """Append one finished span and return its row number."""
         log = self.spans.log
         row = len(log) >> LOG_SHIFT
-        log += (start, end, self._keys.get((step, actor)) or self.key(step, actor), parent << LOG_SHIFT)
+        log += (end, start, self._keys.get((step, actor)) or self.key(step, actor), parent << LOG_SHIFT)
         if va >= 0 or pages or value or cause or bytes or status != "ok":
             self.facts(row, va, pages, bytes, cause, status, value)
         return row
@@ -228,7 +228,7 @@ class Trace:
         copies.pages += pages
         copies.cause += map(self.causes, cause)
         rows: list[float] = [self.key(step, actor), parent << LOG_SHIFT] * (2 * len(page))
-        rows[::LOG_WIDTH], rows[1::LOG_WIDTH] = times[:-1], times[1:]
+        rows[::LOG_WIDTH], rows[1::LOG_WIDTH] = times[1:], times[:-1]
         log += rows
 
     def residency_at(self, time: float, first_page: int, pages: int) -> NDArray[np.int16]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,8 +14,6 @@ from kit.sim.trace import step
 
 __all__ = ["FaultBatch", "fetch_fault_buffer_entries", "preprocess_fault_batch"]
 
-NO_FAULTS: tuple[list[int], ...] = ([], [], [], [], [])  # columns of an empty batch; nobody adds to them
-
 
 class FaultBatch:
     """uvm_fault_service_batch_context_t: one batch, its columns sorted by address, strongest access first.
@@ -23,11 +23,11 @@ class FaultBatch:
     accesses as arrays when they came in that order, each page once.
     """
 
-    page: list[int]
-    access: list[int]
-    instances: list[int]
-    utlb: list[int]
-    fatal_type: list[int]
+    page: Sequence[int] = ()
+    access: Sequence[int] = ()
+    instances: Sequence[int] = ()
+    utlb: Sequence[int] = ()
+    fatal_type: Sequence[int] = ()
     ascending: tuple[NDArray[np.int64], NDArray[np.int8]] | None = None
     first_time = 0.0
     num_cached = 0
@@ -39,7 +39,6 @@ class FaultBatch:
     copies_end = 0.0
 
     def __init__(self) -> None:
-        self.page, self.access, self.instances, self.utlb, self.fatal_type = NO_FAULTS
         self.fatal: dict[int, str] = {}
 
     def __len__(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from simpy import Event
+
 from kit.drivers.uvm.channel import Channel
 from kit.drivers.uvm.fault_buffer import FaultBuffer
 from kit.drivers.uvm.hal import FAMILIES
@@ -133,5 +135,5 @@ class Gpu:
     def wake_stalled(self) -> None:
         """Let every stalled access try again: what a replay does."""
         self.replays += 1
-        event, self.replay_event = self.replay_event, self.engine.env.event()
+        event, self.replay_event = self.replay_event, Event(self.engine.env)
         event.succeed()

@@ -270,6 +270,9 @@ class Pmm:
         """uvm_pmm_gpu_mark_root_chunk_used: append to the used list."""
         if root.pins or root.in_eviction:
             return
+        if root in self.used:
+            self.used.move_to_end(root)
+            return
         self._unlist(root)
         self.used[root] = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 
 import numpy as np
+from simpy import Event
 
 from kit.drivers.uvm.cancel import cancel_fault_batch, cancel_faults_precise
 from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, flush, preprocess_fault_batch
@@ -54,7 +55,7 @@ def start_bottom_half(gpu: Gpu) -> None:
         busy_until = 0.0
         while True:
             yield pending[0]
-            pending[0] = engine.env.event()
+            pending[0] = Event(engine.env)
             while buffer.get != buffer.put:
                 thread.now = max(engine.now, buffer.first_time)
                 thread.charge(gpu.costs.interrupt)

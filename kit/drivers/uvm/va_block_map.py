@@ -45,8 +45,9 @@ def uvm_va_block_unmap(block: VaBlock, thread: Thread, processor: int, mask: int
         return
     thread.note(va=block.va, pages=mask.bit_count())
     (block_unmap_cpu if processor == CPU else block_unmap_gpu)(block, thread, mask)
+    rights, kept = block.pte[processor], ~mask
     for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
-        block.pte[processor][prot] &= ~mask
+        rights[prot] &= kept
 
 
 @step
@@ -82,21 +83,21 @@ def uvm_va_block_map(
     """Give `processor` at least right `prot` on pages of `mask` that have a copy it can reach (uvm_va_block.c)."""
     if processor == CPU and prot == READ_WRITE:
         prot = READ_WRITE_ATOMIC  # a CPU entry that may be written allows its atomics too
-    mask &= ~block.pte[processor][prot]
-    mask &= block.resident[CPU] if processor == CPU else block.resident[CPU] | block.resident[GPU]
+    rights, resident = block.pte[processor], block.resident
+    mask &= ~rights[prot] & (resident[CPU] if processor == CPU else resident[CPU] | resident[GPU])
     if not mask:
         return
     thread.note(va=block.va, pages=mask.bit_count())
     if processor == CPU:
         block_map_cpu_to(block, thread, mask, prot)
     else:
-        local = mask & block.resident[GPU]
+        local = mask & resident[GPU]
         if local:
             block_map_gpu_to(block, thread, GPU, local, prot, cause)
-        if mask & ~local:
+        if mask != local:
             block_map_gpu_to(block, thread, CPU, mask & ~local, prot, cause)
     for at_most in range(READ_ONLY, prot + 1):
-        block.pte[processor][at_most] |= mask
+        rights[at_most] |= mask
 
 
 @step

@@ -36,8 +36,8 @@ def uvm_va_block_make_resident_copy(
     mappers = _mappers(block)
     uvm_va_block_unmap_mask(block, thread, mappers, mask & ~block.resident[dest])
     duplicates = mask & block.read_duplicated
-    uvm_va_block_unmap_mask(block, thread, tuple(p for p in mappers if p != dest), duplicates)
-    for first, count in runs(duplicates):
+    uvm_va_block_unmap_mask(block, thread, (1 - dest,) if 1 - dest in mappers else (), duplicates)
+    for first, count in runs(duplicates) if duplicates else ():
         thread.engine.trace.span(
             "UvmEventTypeReadDuplicateInvalidate", "gpu", thread.now, thread.now, parent=thread.row,
             va=block.va + first * PAGE, pages=count, bytes=count * PAGE,

@@ -31,17 +31,18 @@ class ServiceContext:
 
     num_retries = 0
     did_migrate = False
+    wanted: list[int]
+    new_residency: dict[int, int]
+    pinned: dict[int, int]
 
     def __init__(self) -> None:
         self.block_context = BlockContext()
-        self.reset()
 
     def reset(self) -> None:
-        """Start the operation again, keeping what the retry holds."""
+        """Start the operation, or start it again, keeping what the retry holds."""
         self.faulted = self.read_duplicate = self.prefetched = 0
         self.wanted = [0] * COUNT_PROT
-        self.new_residency: dict[int, int] = {}
-        self.pinned: dict[int, int] = {}
+        self.new_residency, self.pinned = {}, {}
 
 
 @step
