@@ -164,41 +164,23 @@ class StreamKernel:
 
     def _retry(self, rights: NDArray[np.uint8], content: Content) -> float:
         """Let stalled accesses try again; return the time of those that go through."""
-        if len(self.waiting) == 1:
-            return self._retry_one(int(self.waiting[0]), rights, content)
         at = self.waiting
         hit = rights[self.slots[at]] >= self.need[at]
         done, self.waiting = (at, at[:0]) if hit.all() else (at[hit], at[~hit])
         content.write(self.slots[done[self.need[done] > 1]])
         return len(done) * self.cost_us
 
-    def _retry_one(self, at: int, rights: NDArray[np.uint8], content: Content) -> float:
-        if rights[self.slots[at]] < self.need[at]:
-            return 0.0
-        if self.need[at] > 1:
-            content.write(self.slots[at : at + 1])
-        self.waiting = self.waiting[:0]
-        return self.cost_us
-
     def _run_window(self, rights: NDArray[np.uint8], content: Content, fresh: list[NDArray[np.int64]]) -> float:
         """Touch the next window of the stream, up to as many misses as lanes are free; return the time."""
         start, free = self.position, self.lanes - len(self.waiting)
         stop = min(start + self.window, self.count)
         miss = rights[self.slots[start:stop]] < self.need[start:stop]
-        first = int(miss.argmax())
-        if not miss[first]:
+        if not miss.any():
             self.window = min(2 * self.window, 1 << 18)
             self._write(stop, start, None, content)
             self.position = stop
             return (stop - start) * self.cost_us
         self.window = max(4 * self.lanes, 64)
-        if free == 1 and self.prefetch is None:
-            self.waiting = np.array([start + first])
-            fresh.append(self.waiting)
-            self._write(start + first, start, None, content)
-            self.written += bool(self.need[start + first] > 1)
-            self.position = start + first + 1
-            return first * self.cost_us
         at = miss.nonzero()[0][:free] + start
         if len(at) == free:
             stop = int(at[-1]) + 1
@@ -222,10 +204,6 @@ class StreamKernel:
     def _faults(self, missed: NDArray[np.int64], again: int, spent: float) -> Misses:
         """Merge misses of one uTLB on one page with the same access; those that tried again come first."""
         prefetches = self.prefetch is not None
-        if len(missed) == 1:
-            at = int(missed[0])
-            page, access, utlb = int(self.pages[at]), int(self.access[at]), at % self.lanes % self.utlbs
-            return Misses([page], [access], [utlb], [0.0 if again else spent], prefetches)
         utlbs, pages = (missed % self.lanes) % self.utlbs, self.pages[missed]
         delay = np.zeros(len(missed))
         delay[again:] = spent

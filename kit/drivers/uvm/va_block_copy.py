@@ -9,7 +9,7 @@ import numpy as np
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
-from kit.memory.pagemask import bools, from_pages, pieces, selection
+from kit.memory.pagemask import bools, from_pages, pieces, run_of, selection
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -82,8 +82,7 @@ def block_copy_resident_pages_between(
     trace.copied(
         "UvmEventTypeMigration", actor, thread.row, times, first, counts, causes, src, src if duplicate else dst
     )
-    pools, moved = (va_space.host, gpu.frames), selection(mask, block.pages)
-    pools[dest].payload[block.frames_at(dest, moved)] = pools[source].payload[block.frames_at(source, moved)]
+    _copy(block, dest, mask)
     context.did_copy, context.copies_end = True, times[-1]
     context.pages_changed_residency |= mask
     context.pages_copied |= mask
@@ -92,20 +91,37 @@ def block_copy_resident_pages_between(
     thrashing_notify_migration(block, thread, mask, dest, context.cause)
 
 
+def _copy(block: VaBlock, dest: int, mask: int) -> None:
+    """Copy the content of the pages of `mask` to `dest`."""
+    va_space, moved = block.range.va_space, selection(mask, block.pages)
+    pools = (va_space.host.payload, va_space.gpu.frames.payload)
+    there, here = block.base(dest), block.base(1 - dest)
+    if there < 0 or here < 0:
+        pools[dest][block.frames_at(dest, moved)] = pools[1 - dest][block.frames_at(1 - dest, moved)]
+    elif isinstance(moved, slice):
+        first, stop = moved.start, moved.stop
+        pools[dest][there + first : there + stop] = pools[1 - dest][here + first : here + stop]
+    else:
+        to, source = (pool[base : base + block.pages] for pool, base in ((pools[dest], there), (pools[1 - dest], here)))
+        np.copyto(to, source, where=moved[:, None])
+
+
 def block_settle(block: VaBlock, processor: int, mask: int) -> None:
     """Bring the program's writes to the pages of `mask` into the frames that hold them at `processor`."""
     va_space = block.range.va_space
     content, slot = va_space.content, block.slot[GPU]
-    dirty, moved = content.dirty[slot : slot + block.pages], selection(mask, block.pages)
-    written = np.count_nonzero(dirty[moved])
+    run = run_of(mask)
+    first, stop = (slot + run.start, slot + run.stop) if run is not None else (slot, slot + block.pages)
+    written = content.marks.count(1, first, stop)
     if not written:
         return
     pool = (va_space.host, va_space.gpu.frames)[processor]
-    if isinstance(moved, slice) and written == moved.stop - moved.start:
+    if run is not None and written == stop - first:
         block.clean &= ~mask
-        content.settle(slice(slot + moved.start, slot + moved.stop), pool, block.frames_at(processor, moved))
+        content.settle(slice(first, stop), pool, block.frames_at(processor, run))
         return
-    pages = (dirty & bools(mask, block.pages)).nonzero()[0]
+    pages = (content.dirty[slot : slot + block.pages] & bools(mask, block.pages)).nonzero()[0]
     if block.clean:
         block.clean &= ~from_pages(pages)
-    content.settle(slot + pages, pool, block.frames[processor][pages])
+    if len(pages):
+        content.settle(slot + pages, pool, block.frames[processor][pages])
