@@ -138,7 +138,7 @@ class Thread:
         return found
 
     def note(
-        self, *, va: int = -1, pages: int = 0, bytes: int = 0, cause: str = "", status: str = "ok", value: float = 0
+        self, va: int = -1, pages: int = 0, bytes: int = 0, cause: str = "", status: str = "ok", value: float = 0
     ) -> None:  # fmt: skip
         """Fill in what the running step has learned about itself: columns of the spans from ``va`` on."""
         if cause or status != "ok":

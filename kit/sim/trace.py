@@ -173,7 +173,6 @@ class Trace:
         actor: str,
         start: float,
         end: float,
-        *,
         parent: int = -1,
         va: int = -1,
         pages: int = 0,
@@ -226,7 +225,9 @@ class Trace:
         copies.pushes += (len(log) >> LOG_SHIFT, len(page), len(self.moves.rows) // MOVE_BYTES, src, dst)
         copies.page += page
         copies.pages += pages
-        copies.cause += map(self.causes, cause)
+        for word in dict.fromkeys(cause):
+            self.causes(word)
+        copies.cause += map(self.causes.ids.__getitem__, cause)
         rows: list[float] = [self.key(step, actor), parent << LOG_SHIFT] * (2 * len(page))
         rows[::LOG_WIDTH], rows[1::LOG_WIDTH] = times[1:], times[:-1]
         log += rows

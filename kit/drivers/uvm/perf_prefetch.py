@@ -29,7 +29,7 @@ def uvm_perf_prefetch_get_hint_va_block(block: VaBlock, thread: Thread, dest: in
     hint = uvm_perf_prefetch_prenotify_fault_migrations(block, thread, dest, faulted)
     if block.fault_migrations_to_last_proc < module.prefetch_min_faults:
         return 0
-    thread.note(va=block.va, pages=hint.bit_count())
+    thread.note(block.va, hint.bit_count())
     return hint
 
 
@@ -94,9 +94,15 @@ def _highest_node(tree: int, leaf: int, leaves: int, threshold: int) -> tuple[in
     A node cut off by the end of the tree counts the leaves it has. Failing a level does not stop the
     driver's climb, a larger ancestor may pass: so the search may as well start at the root.
     """
-    for level in range((leaves - 1).bit_length(), 0, -1):
-        first = leaf >> level << level
-        size = min(1 << level, leaves - first)
-        if (tree >> first & ((1 << size) - 1)).bit_count() * 100 > threshold * size:
-            return first, first + size
+    first, size = 0, 1 << (leaves - 1).bit_length()
+    while size > 1:
+        end = first + size if first + size < leaves else leaves
+        if tree.bit_count() * 100 > threshold * (end - first):
+            return first, end
+        size >>= 1
+        if leaf - first < size:
+            tree &= (1 << size) - 1
+        else:
+            tree >>= size
+            first += size
     return leaf, leaf + 1

@@ -49,8 +49,11 @@ class Chunk:
 
 def _first_owner(root: RootChunk) -> VaBlock | None:
     """Return the block that owns the lowest chunk left in a root chunk, None when all are gone."""
-    left = [chunk for chunk in root.owners.values() if chunk.block is not None]
-    return min(left, key=lambda chunk: chunk.offset).block if left else None
+    lowest = None
+    for chunk in root.owners.values():
+        if chunk.block is not None and (lowest is None or chunk.offset < lowest.offset):
+            lowest = chunk
+    return None if lowest is None else lowest.block
 
 
 class Pmm:
@@ -237,6 +240,8 @@ class Pmm:
 
     def _take_pieces(self, root: RootChunk) -> list[Chunk]:
         """Take the free pieces of a split root chunk off the free lists and return them."""
+        if not any(self.splits.values()):
+            return []
         taken = [piece for free in self.splits.values() for piece in free if piece.root is root]
         for size, free in self.splits.items():
             self.splits[size] = [piece for piece in free if piece.root is not root]

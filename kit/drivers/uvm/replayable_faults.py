@@ -197,12 +197,15 @@ def service_fault_batch_block_locked(
 ) -> Wait:
     """Policy for every faulting page, then one service operation (uvm_gpu_replayable_faults.c)."""
     context.reset()
-    strongest = _strongest(batch, block, start, end)
-    distinct, instances = sum(map(int.bit_count, strongest.values())), sum(batch.instances[start:end])
-    thread.note(va=block.va, pages=distinct, value=instances)
+    if not context.num_retries:
+        context.strongest = _strongest(batch, block, start, end)
+        context.distinct = sum(map(int.bit_count, context.strongest.values()))
+        context.instances = sum(batch.instances[start:end])
+    strongest, distinct = context.strongest, context.distinct
+    thread.note(block.va, distinct, value=context.instances)
     thread.charge(distinct * gpu.costs.service_fault)
     if not context.num_retries:
-        update_batch_and_notify_fault(gpu, thread, batch, instances - distinct)
+        update_batch_and_notify_fault(gpu, thread, batch, context.instances - distinct)
     rights = block.pte[GPU]
     for access, pages in check_fault_access_permissions(gpu, thread, batch, block, strongest).items():
         prot = NEEDED[access]

@@ -74,7 +74,7 @@ def block_copy_resident_pages_between(
     whole = chunk is not None and chunk[2] == BLOCK_PAGES == block.pages
     pages = mask.bit_count()
     thread.charge(gpu.costs.push + (len(counts) if whole else pages) * gpu.costs.copy_command)
-    thread.note(va=block.va, pages=pages, bytes=pages * PAGE, cause=cause)
+    thread.note(block.va, pages, bytes=pages * PAGE, cause=cause)
     start, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
     times = list(accumulate(durations, initial=start))
     src, dst = 1 << source, 1 << dest

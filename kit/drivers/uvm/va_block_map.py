@@ -43,7 +43,7 @@ def uvm_va_block_unmap(block: VaBlock, thread: Thread, processor: int, mask: int
     mask &= block.pte[processor][READ_ONLY]
     if not mask:
         return
-    thread.note(va=block.va, pages=mask.bit_count())
+    thread.note(block.va, mask.bit_count())
     (block_unmap_cpu if processor == CPU else block_unmap_gpu)(block, thread, mask)
     rights, kept = block.pte[processor], ~mask
     for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
@@ -87,7 +87,7 @@ def uvm_va_block_map(
     mask &= ~rights[prot] & (resident[CPU] if processor == CPU else resident[CPU] | resident[GPU])
     if not mask:
         return
-    thread.note(va=block.va, pages=mask.bit_count())
+    thread.note(block.va, mask.bit_count())
     if processor == CPU:
         block_map_cpu_to(block, thread, mask, prot)
     else:
@@ -145,7 +145,7 @@ def uvm_va_block_revoke_prot(block: VaBlock, thread: Thread, processor: int, mas
     mask &= block.pte[processor][prot]
     if not mask:
         return
-    thread.note(va=block.va, pages=mask.bit_count())
+    thread.note(block.va, mask.bit_count())
     if processor == CPU:
         block_revoke_cpu_write(block, thread, mask)
     else:

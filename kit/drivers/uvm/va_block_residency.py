@@ -30,7 +30,7 @@ def uvm_va_block_make_resident_copy(
     block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
 ) -> Wait:
     """Unmap what must move, populate the destination, copy (uvm_va_block.c)."""
-    thread.note(va=block.va, pages=mask.bit_count())
+    thread.note(block.va, mask.bit_count())
     context.dest, context.cause, context.pages_copied = dest, cause, 0
     block_resident_mask_get_alloc(block, thread, dest)
     mappers = _mappers(block)
@@ -58,7 +58,7 @@ def uvm_va_block_make_resident_read_duplicate(
     block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
 ) -> Wait:
     """Give the destination a copy of its own; everybody is left with read rights (uvm_va_block.c)."""
-    thread.note(va=block.va, pages=mask.bit_count())
+    thread.note(block.va, mask.bit_count())
     context.dest, context.cause = dest, cause
     for holder in (CPU, GPU):
         entering = mask & ~block.read_duplicated & block.resident[holder]

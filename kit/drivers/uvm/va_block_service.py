@@ -26,11 +26,15 @@ class ServiceContext:
     """uvm_service_block_context_t: one service operation, kept over its retries.
 
     ``wanted[prot]`` are the faulting pages whose access needs that right; ``new_residency[dest]``
-    where pages go; ``pinned`` pages that thrashing pinned (page to residency).
+    where pages go; ``pinned`` pages that thrashing pinned (page to residency). Of a batch's faults:
+    ``strongest`` the pages by access type, ``distinct`` their number, ``instances`` that of the faults.
     """
 
     num_retries = 0
     did_migrate = False
+    strongest: dict[int, int]
+    distinct: int
+    instances: int
     wanted: list[int]
     new_residency: dict[int, int]
     pinned: dict[int, int]
@@ -107,7 +111,7 @@ def _pinned(context: ServiceContext) -> int:
 @waiting_step
 def uvm_va_block_service_locked(block: VaBlock, thread: Thread, context: ServiceContext, processor: int) -> Wait:
     """Prefetch, then copy and finish for each destination, the CPU first (uvm_va_block.c)."""
-    thread.note(va=block.va, pages=context.faulted.bit_count())
+    thread.note(block.va, context.faulted.bit_count())
     uvm_va_block_get_prefetch_hint(block, thread, context)
     destinations = list(context.new_residency)
     if len(destinations) > 1:
