@@ -57,38 +57,38 @@ def run_of(mask: int) -> slice | None:
     return slice(low.bit_length() - 1, mask.bit_length())
 
 
-def pieces(mask: int, apart: int) -> tuple[list[int], list[int], list[int]]:
+def pieces(mask: int, apart: int, base: int = 0) -> tuple[list[int], list[int], list[int]]:
     """Return the runs of a mask, cut where they enter or leave the pages of `apart`, ascending.
 
     Returns
     -------
-    first, pages : list of int
+    first : list of int
+        First page of each, counted from `base`: bit 0 of the mask is page `base`.
+    pages : list of int
     inside : list of int
         1 for a piece inside `apart`, else 0.
     """
     inside = mask & apart
     outside = mask ^ inside
-    if run_count(inside) + run_count(outside) <= FEW:
-        found = [(*run, 0) for run in runs(outside)] + [(*run, 1) for run in runs(inside)]
-        found.sort()
-        return [at for at, _, _ in found], [count for _, count, _ in found], [within for _, _, within in found]
-    starts = inside & ~(inside << 1) | outside & ~(outside << 1)
-    ends = ~inside & inside << 1 | ~outside & outside << 1  # one past the last page of each
-    first = positions(starts)
-    pages = [end - start for start, end in zip(first, positions(ends), strict=True)]
-    return first, pages, [inside >> start & 1 for start in first]
-
-
-def positions(mask: int) -> list[int]:
-    """Return the page numbers of a mask, ascending, as plain integers."""
-    if mask.bit_count() > 6:
-        return np.unpackbits(_bytes(mask, mask.bit_length()), bitorder="little").nonzero()[0].tolist()
-    found = []
+    if run_count(inside) + run_count(outside) > FEW:
+        starts = inside & ~(inside << 1) | outside & ~(outside << 1)
+        ends = ~inside & inside << 1 | ~outside & outside << 1  # one past the last page of each
+        count = mask.bit_length() + 1
+        at = bools(starts, count).nonzero()[0]
+        length = bools(ends, count).nonzero()[0] - at
+        within = bools(inside, count)[at].view(np.uint8).tolist() if inside else [0] * len(at)
+        return (at + base).tolist(), length.tolist(), within
+    first, pages, within = [], [], []
     while mask:
         low = mask & -mask
-        found.append(low.bit_length() - 1)
-        mask ^= low
-    return found
+        part = inside if inside & low else outside
+        past = part ^ part + low  # the piece that starts at the lowest page, and the bit past it
+        at_low = low.bit_length() - 1
+        first.append(base + at_low)
+        pages.append(past.bit_length() - 1 - at_low)
+        within.append(1 if inside & low else 0)
+        mask &= ~(past & part)
+    return first, pages, within
 
 
 def from_pages(pages: Sequence[int] | NDArray[np.integer]) -> int:
@@ -111,11 +111,8 @@ def from_bools(marks: NDArray[np.bool_]) -> int:
 
 def bools(mask: int, count: int) -> NDArray[np.bool_]:
     """Return a mask as booleans, shape (count,)."""
-    return np.unpackbits(_bytes(mask, count), count=count, bitorder="little").view(np.bool_)
-
-
-def _bytes(mask: int, count: int) -> NDArray[np.uint8]:
-    return np.frombuffer(mask.to_bytes((count + 7) // 8, "little"), dtype=np.uint8)
+    raw = np.frombuffer(mask.to_bytes((count + 7) // 8, "little"), dtype=np.uint8)
+    return np.unpackbits(raw, count=count, bitorder="little").view(np.bool_)
 
 
 @lru_cache(maxsize=1 << 12)

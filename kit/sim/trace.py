@@ -31,20 +31,29 @@ _pack_move = Struct(f"{len(MOVE_COLUMNS)}d").pack
 MOVE_BYTES = 8 * len(MOVE_COLUMNS)
 
 
+class Ids(dict[str, int]):
+    """Ids by word; a word that is asked for the first time gets the next one."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__((word, at) for at, word in enumerate(words))
+        self.words: list[str] = list(words)
+
+    def __missing__(self, word: str) -> int:
+        found = self[word] = len(self.words)
+        self.words.append(word)
+        return found
+
+
 class Names:
     """Words of a column, interned: the column stores small integers, readers see words."""
 
     def __init__(self, *words: str) -> None:
-        self.words: list[str] = list(words)
-        self.ids: dict[str, int] = {w: i for i, w in enumerate(words)}
+        self.ids = Ids(*words)
+        self.words = self.ids.words
 
     def __call__(self, word: str) -> int:
         """Return the id of `word`, giving it one when it is new."""
-        found = self.ids.get(word)
-        if found is None:
-            found = self.ids[word] = len(self.words)
-            self.words.append(word)
-        return found
+        return self.ids[word]
 
 
 class Spans:
@@ -191,8 +200,7 @@ class Trace:
 
     def facts(self, row: int, va: int, pages: int, bytes: int, cause: str, status: str, value: float) -> None:
         """Say something about a span: a fact that is blank (-1 for `va`, else 0 or its word) says nothing."""
-        cause_id = self.causes(cause) if cause else 0
-        status_id = self.statuses(status) if status != "ok" else 0
+        cause_id, status_id = self.causes.ids[cause], self.statuses.ids[status]
         self.spans.facts += pack_facts(row, va, pages, bytes, cause_id, status_id, value)
 
     def key(self, step: str, actor: str) -> int:
@@ -225,10 +233,9 @@ class Trace:
         copies.pushes += (len(log) >> LOG_SHIFT, len(page), len(self.moves.rows) // MOVE_BYTES, src, dst)
         copies.page += page
         copies.pages += pages
-        for word in dict.fromkeys(cause):
-            self.causes(word)
         copies.cause += map(self.causes.ids.__getitem__, cause)
-        rows: list[float] = [self.key(step, actor), parent << LOG_SHIFT] * (2 * len(page))
+        key = self._keys.get((step, actor)) or self.key(step, actor)
+        rows: list[float] = [key, parent << LOG_SHIFT] * (2 * len(page))
         rows[::LOG_WIDTH], rows[1::LOG_WIDTH] = times[1:], times[:-1]
         log += rows
 

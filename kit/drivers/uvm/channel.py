@@ -42,10 +42,11 @@ class Channel:
             When the GPU executes it.
         """
         pending, start = self._pending, thread.now
-        while pending and pending[0] <= start:
-            pending.popleft()
         if len(pending) >= self.entries - 1:
-            start = thread.now = pending.popleft()  # uvm_channel_reserve spins until an entry completes
+            while pending and pending[0] <= start:
+                pending.popleft()
+            if len(pending) >= self.entries - 1:
+                start = thread.now = pending.popleft()  # uvm_channel_reserve spins until an entry completes
         if after > start:
             start = after
         if self.free_at > start:

@@ -48,7 +48,7 @@ class FaultBatch:
         """Keep these rows, in this order."""
         for name in ("page", "access", "instances", "utlb", "fatal_type"):
             column = getattr(self, name)
-            setattr(self, name, [column[row] for row in rows])
+            setattr(self, name, list(map(column.__getitem__, rows)))
 
 
 @step

@@ -94,15 +94,15 @@ def _highest_node(tree: int, leaf: int, leaves: int, threshold: int) -> tuple[in
     A node cut off by the end of the tree counts the leaves it has. Failing a level does not stop the
     driver's climb, a larger ancestor may pass: so the search may as well start at the root.
     """
-    first, size = 0, 1 << (leaves - 1).bit_length()
-    while size > 1:
-        end = first + size if first + size < leaves else leaves
-        if tree.bit_count() * 100 > threshold * (end - first):
-            return first, end
-        size >>= 1
-        if leaf - first < size:
-            tree &= (1 << size) - 1
-        else:
-            tree >>= size
-            first += size
+    level = (leaves - 1).bit_length()
+    cut = leaves < 1 << level
+    while level > 0:
+        first = leaf >> level << level
+        size = min(1 << level, leaves - first) if cut else 1 << level
+        full = (tree >> first & (1 << size) - 1).bit_count() * 100
+        if full > threshold * size:
+            return first, first + size
+        level -= 1
+        if not cut:  # a node inside this one has no more pages than this one, so it must be smaller than that
+            level = min(level, (full // threshold).bit_length() - 1)
     return leaf, leaf + 1

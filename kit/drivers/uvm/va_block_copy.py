@@ -62,8 +62,8 @@ def block_copy_resident_pages_between(
         if not mask:
             return
     cause = TOOLS_CAUSE[context.cause]
-    starts, counts, ahead = pieces(mask, prefetched)
-    causes = ["prefetch" if each else cause for each in ahead]
+    first, counts, ahead = pieces(mask, prefetched, block.first)
+    causes = list(map((cause, "prefetch").__getitem__, ahead))
     if dest == GPU:
         curve, channel, actor = gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD"
     else:
@@ -78,7 +78,6 @@ def block_copy_resident_pages_between(
     start, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
     times = list(accumulate(durations, initial=start))
     src, dst = 1 << source, 1 << dest
-    first = [block.first + start for start in starts]
     trace.copied(
         "UvmEventTypeMigration", actor, thread.row, times, first, counts, causes, src, src if duplicate else dst
     )
