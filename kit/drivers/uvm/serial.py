@@ -38,8 +38,10 @@ class SerialKernel:
     ) -> None:  # fmt: skip
         self.name, self.slots, self.pages, self.access, self.cost_us = name, slots, pages, access, cost_us
         self.need = np.where(slots < 0, NEVER, need)
-        self.write_at = np.flatnonzero(need > 1)  # accesses that write, their slots, and how many of them are behind
-        self.write_slots, self.written = slots[self.write_at], 0
+        writes = need > 1
+        self.writes = np.zeros(len(slots) + 1, dtype=np.int32)  # how many of the accesses before each one write
+        np.cumsum(writes, out=self.writes[1:])
+        self.write_slots, self.written = slots[writes], 0
         self.position, self.count, self.window = 0, len(slots), WINDOW
         self.stalled = 0
 
@@ -85,7 +87,7 @@ class SerialKernel:
 
     def _ran(self, stop: int, content: Content) -> None:
         """Accesses before `stop` have been made."""
-        first, self.written = self.written, int(self.write_at.searchsorted(stop))
+        first, self.written = self.written, self.writes.item(stop)
         if first != self.written:
             content.dirty[self.write_slots[first : self.written]] = True
 

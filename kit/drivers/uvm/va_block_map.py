@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_revocation
 from kit.drivers.uvm.types import (
@@ -233,11 +235,16 @@ def uvm_va_block_add_mappings(block: VaBlock, thread: Thread, mask: int, process
 
 def _write_ptes(block: VaBlock, gpu: Gpu, mask: int, prot: int, location: int = GPU) -> int:
     """Update the GPU's table and return how many entries of which size had to be written."""
-    table, at = gpu.table, selection(mask, block.pages)
-    slot = block.slot[GPU]
-    table.window(slot, block.pages)[at] = prot
-    if prot:
-        table.frame[slot : slot + block.pages][at] = block.frames[location][at]
+    table, at, slot = gpu.table, selection(mask, block.pages), block.slot[GPU]
+    if isinstance(at, slice):
+        entries = slice(slot + at.start, slot + at.stop)
+        table.rights[entries] = prot
+        if prot:
+            table.frame[entries] = block.frames[location][at]
+    else:
+        table.window(slot, block.pages)[at] = prot
+        if prot:
+            np.copyto(table.frame[slot : slot + block.pages], block.frames[location], where=at)
     return _pte_sizes(block, mask, prot, location)
 
 

@@ -95,26 +95,28 @@ def block_prep_read_duplicate_mapping(block: VaBlock, thread: Thread, holder: in
 @step
 def uvm_va_block_make_resident_finish(block: VaBlock, thread: Thread, context: BlockContext, mask: int) -> None:
     """Update residency after the copies, drop duplicates, refresh the eviction order (uvm_va_block.c)."""
-    dest, other = context.dest, 1 - context.dest
-    nowhere = mask & ~(block.resident[CPU] | block.resident[GPU])
-    trace = thread.engine.trace
-    for first, count in runs(nowhere):
-        trace.move(thread.now, thread.now, block.first + first, count, 0, 1 << dest, "populate")
-    for first, count in runs(mask & block.read_duplicated):
-        trace.move(thread.now, thread.now, block.first + first, count, 3, 1 << dest, "collapse")
+    dest, other, resident = context.dest, 1 - context.dest, block.resident
+    nowhere = mask & ~(resident[CPU] | resident[GPU])
+    moved = mask & resident[other]
+    _moves(block, thread, nowhere, 0, 1 << dest, "populate")
+    _moves(block, thread, mask & block.read_duplicated, 3, 1 << dest, "collapse")
+    _moves(block, thread, moved & ~(context.pages_copied | block.read_duplicated), 1 << other, 1 << dest, "clean")
     context.pages_changed_residency |= nowhere
-    moved = mask & block.resident[other]
-    for first, count in runs(moved & ~context.pages_copied & ~block.read_duplicated):
-        trace.move(thread.now, thread.now, block.first + first, count, 1 << other, 1 << dest, "clean")
-    block.resident[dest] |= mask
+    resident[dest] |= mask
+    resident[other] &= ~mask
     block.read_duplicated &= ~mask
-    block.resident[other] &= ~mask
     if context.cause == "api":
         block.discarded &= ~mask
-    if moved and other == GPU and not block.resident[GPU] and block.whole and block.gpu_chunks:
+    if moved and other == GPU and not resident[GPU] and block.whole and block.gpu_chunks:
         block.range.va_space.gpu.pmm.mark_unused(block.gpu_chunks[0].root)
-    if block.resident[dest]:
+    if resident[dest]:
         block_mark_memory_used(block, dest)
+
+
+def _moves(block: VaBlock, thread: Thread, mask: int, src: int, dst: int, cause: str) -> None:
+    """Pages change place without a copy."""
+    for first, count in runs(mask) if mask else ():
+        thread.engine.trace.move(thread.now, thread.now, block.first + first, count, src, dst, cause)
 
 
 def block_mark_memory_used(block: VaBlock, dest: int) -> None:
