@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.uvm.fault_buffer import FaultBuffer, plain
+from kit.drivers.uvm.fault_buffer import Column, FaultBuffer, plain
 from kit.drivers.uvm.gpu import Gpu
 from kit.sim.engine import Thread
 from kit.sim.trace import step
@@ -26,7 +26,7 @@ class FaultBatch:
     page: Sequence[int] = ()
     access: Sequence[int] = ()
     instances: Sequence[int] = ()
-    utlb: Sequence[int] = ()
+    utlb: Column | Sequence[int] = ()
     fatal_type: Sequence[int] = ()
     ascending: tuple[NDArray[np.int64], NDArray[np.int8]] | None = None
     first_time = 0.0
@@ -68,10 +68,10 @@ def fetch_fault_buffer_entries(gpu: Gpu, thread: Thread, batch: FaultBatch, ever
     if not limit:
         return
     time, *columns = buffer.read(limit)
-    batch.page, batch.access, batch.utlb, batch.fatal_type = map(plain, columns)
+    page, access, batch.utlb, fatal = columns
+    batch.page, batch.access, batch.fatal_type = plain(page), plain(access), plain(fatal)
     batch.first_time = float(time[0])
     batch.instances = [1] * limit
-    page, access = columns[:2]
     if isinstance(page, np.ndarray) and isinstance(access, np.ndarray) and (page[1:] > page[:-1]).all():
         batch.ascending = page, access
     coalesce = module.fault_coalesce and not (everything and not gpu.hal.cancel_by_address)
@@ -92,7 +92,7 @@ def _merge(batch: FaultBatch) -> None:
     heads: list[int] = []  # where in the batch each representative is
     counts: list[int] = []
     last, last_access = -1, 0  # the driver does not follow when the last representative is replaced under rule (a)
-    pages, kinds = batch.page, batch.access
+    pages, kinds, batch.utlb = batch.page, batch.access, plain(batch.utlb)
     for at, (page, access, utlb, fatal) in enumerate(zip(pages, kinds, batch.utlb, batch.fatal_type, strict=True)):
         found = -1
         if not fatal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -103,6 +103,8 @@ class FaultBuffer:
         self.overflow = False
 
 
-def plain(column: Column) -> list[Any]:
+def plain(column: Column | Sequence[Any]) -> list[Any]:
     """Return a column as a list of plain numbers."""
-    return column if isinstance(column, list) else column.tolist()
+    if isinstance(column, list):
+        return column
+    return column.tolist() if isinstance(column, np.ndarray) else list(column)

@@ -120,6 +120,7 @@ class StreamKernel:
         self.name, self.slots, self.pages, self.access = name, slots, pages, access
         self.need = np.where(slots < 0, NEVER, need)
         self.lanes, self.utlbs = lanes, utlbs
+        self.utlb = np.resize(np.arange(lanes, dtype=np.int32) % utlbs, len(slots))  # access after access, lane by lane
         self.cost_us = touch_us / lanes + pause_us
         self.position, self.count = 0, len(slots)
         self.waiting = np.zeros(0, dtype=np.int64)
@@ -174,7 +175,9 @@ class StreamKernel:
         """Touch the next window of the stream, up to as many misses as lanes are free; return the time."""
         start, free = self.position, self.lanes - len(self.waiting)
         stop = min(start + self.window, self.count)
-        miss = rights[self.slots[start:stop]] < self.need[start:stop]
+        miss = self._missing(rights, start, min(start + free, stop))
+        if len(miss) < stop - start and not miss.all():  # else the first ones take all free lanes
+            miss = self._missing(rights, start, stop)
         if not miss.any():
             self.window = min(2 * self.window, 1 << 18)
             self._write(stop, start, None, content)
@@ -191,6 +194,10 @@ class StreamKernel:
         self.position = stop
         return (stop - start - len(at)) * self.cost_us
 
+    def _missing(self, rights: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.bool_]:
+        """Return which accesses from `start` on, before `stop`, have not the right that they need."""
+        return np.asarray(rights[self.slots[start:stop]] < self.need[start:stop])
+
     def _write(self, stop: int, start: int, miss: NDArray[np.bool_] | None, content: Content) -> None:
         """Accesses before `stop` have been made, less those that missed in the window from `start`."""
         first, self.written = self.written, int(self.write_at.searchsorted(stop))
@@ -204,7 +211,7 @@ class StreamKernel:
     def _faults(self, missed: NDArray[np.int64], again: int, spent: float) -> Misses:
         """Merge misses of one uTLB on one page with the same access; those that tried again come first."""
         prefetches = self.prefetch is not None
-        utlbs, pages = (missed % self.lanes) % self.utlbs, self.pages[missed]
+        utlbs, pages = self.utlb[missed], self.pages[missed]
         delay = np.zeros(len(missed))
         delay[again:] = spent
         if (pages[1:] > pages[:-1]).all():  # each page once: nothing to merge
