@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "bools", "first_page", "from_bools", "from_pages", "pages_of", "pieces", "region", "run_of", "run_count", "runs",
+    "bools", "first_page", "from_bools", "from_pages", "pages_of", "pieces", "region", "run_count", "run_of", "runs",
     "selection",
 ]  # fmt: skip
 

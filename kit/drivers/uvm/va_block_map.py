@@ -263,11 +263,10 @@ def _pte_sizes(block: VaBlock, mask: int, prot: int, location: int) -> int:
     if block.pte_2m:
         block.pte_2m, block.big_ptes = False, 0
         writes += BLOCK_PAGES // BIG_PAGES
-    if single or location == GPU:
-        if not block.cancel_4k:
-            big = _big_pages(mask, -block.first % BIG_PAGES)
-            block.big_ptes |= big
-            writes -= big.bit_count() // BIG_PAGES * (BIG_PAGES - 1)
+    if (single or location == GPU) and not block.cancel_4k:
+        big = _big_pages(mask, -block.first % BIG_PAGES)
+        block.big_ptes |= big
+        writes -= big.bit_count() // BIG_PAGES * (BIG_PAGES - 1)
     return writes + mask.bit_count()
 
 
