@@ -25,7 +25,7 @@ from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
 from kit.drivers.uvm.va_space import uvm_va_block_find_create_in_range
 from kit.errors import DriverError
-from kit.memory.pagemask import from_bools, pages_of
+from kit.memory.pagemask import pages_of
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -200,7 +200,7 @@ def service_fault_batch_block_locked(
     if not context.num_retries:
         context.strongest = _strongest(batch, block, start, end)
         context.distinct = sum(map(int.bit_count, context.strongest.values()))
-        context.instances = sum(batch.instances[start:end])
+        context.instances = end - start if batch.ascending is not None else sum(batch.instances[start:end])
     strongest, distinct = context.strongest, context.distinct
     thread.note(block.va, distinct, value=context.instances)
     thread.charge(distinct * gpu.costs.service_fault)
@@ -231,7 +231,9 @@ def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[
         pages, kinds = batch.ascending
         marks = np.zeros((len(ACCESS_NAMES), block.pages), dtype=bool)
         marks[kinds[start:end], pages[start:end] - first] = True
-        return {kind: from_bools(marks[kind]) for kind in set(batch.access[start:end])}
+        packed = enumerate(np.packbits(marks, axis=1, bitorder="little"))
+        found = {kind: int.from_bytes(bits.tobytes(), "little") for kind, bits in packed}
+        return {kind: mask for kind, mask in found.items() if mask}
     strongest: dict[int, int] = {}
     seen = 0
     for page, kind in zip(batch.page[start:end], batch.access[start:end], strict=True):

@@ -166,10 +166,11 @@ class StreamKernel:
     def _retry(self, rights: NDArray[np.uint8], content: Content) -> float:
         """Let stalled accesses try again; return the time of those that go through."""
         at = self.waiting
-        hit = rights[self.slots[at]] >= self.need[at]
-        done, self.waiting = (at, at[:0]) if hit.all() else (at[hit], at[~hit])
-        content.write(self.slots[done[self.need[done] > 1]])
-        return len(done) * self.cost_us
+        slots, need = self.slots[at], self.need[at]
+        hit = rights[slots] >= need
+        self.waiting = at[~hit]
+        content.write(slots[hit & (need > 1)])
+        return (len(at) - len(self.waiting)) * self.cost_us
 
     def _run_window(self, rights: NDArray[np.uint8], content: Content, fresh: list[NDArray[np.int64]]) -> float:
         """Touch the next window of the stream, up to as many misses as lanes are free; return the time."""

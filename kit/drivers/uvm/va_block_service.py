@@ -97,7 +97,9 @@ def block_select_processor_residency(block: VaBlock, thread: Thread, context: Se
         chosen[preferred] |= todo & elsewhere
         todo &= ~elsewhere
     chosen[processor] |= todo
-    context.new_residency = {dest: pages for dest, pages in enumerate(chosen) if pages}
+    for destination in (CPU, GPU):
+        if chosen[destination]:
+            context.new_residency[destination] = chosen[destination]
 
 
 def _pinned(context: ServiceContext) -> int:
@@ -113,10 +115,7 @@ def uvm_va_block_service_locked(block: VaBlock, thread: Thread, context: Service
     """Prefetch, then copy and finish for each destination, the CPU first (uvm_va_block.c)."""
     thread.note(block.va, context.faulted.bit_count())
     uvm_va_block_get_prefetch_hint(block, thread, context)
-    destinations = list(context.new_residency)
-    if len(destinations) > 1:
-        destinations.sort()
-    for destination in destinations:
+    for destination in list(context.new_residency):  # ascending
         yield from uvm_va_block_service_copy(block, thread, context, processor, destination)
         uvm_va_block_service_finish(block, thread, context, processor, destination)
 
