@@ -19,7 +19,8 @@ import numpy as np
 import simpy
 from simpy.events import NORMAL
 
-from kit.sim.trace import LOG_SHIFT, Trace, pack_facts
+from kit.sim.columns import LOG_SHIFT, pack_facts
+from kit.sim.trace import Trace
 
 __all__ = ["Clock", "Engine", "Lock", "Thread", "Wait"]
 
