@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from functools import lru_cache
 
-__all__ = ["DriverError", "KitError", "ParameterError", "TraceFileError", "did_you_mean"]
+__all__ = ["DriverError", "Errno", "KitError", "ParameterError", "TraceFileError", "did_you_mean", "raise_for"]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -67,3 +67,41 @@ class DriverError(KitError, OSError):
         self.status, self.step = status, step
         text = _said(errno, status, step)
         OSError.__init__(self, errno, f"{text}: {detail}" if detail else text)
+
+
+class Errno(int):
+    """What a documented function returns when it fails: the negative errno, which remembers where it arose.
+
+    Parameters
+    ----------
+    errno : int
+        Positive, as in the `errno` module; the value of the object is its negative.
+    step : str
+        The documented function in which it arose.
+    detail : str
+        What was wrong, with the value.
+    """
+
+    step: str
+    detail: str
+
+    def __new__(cls, errno: int, step: str, detail: str = "") -> Errno:
+        """Return the negative errno with its origin."""
+        made = super().__new__(cls, -errno)
+        made.step, made.detail = step, detail
+        return made
+
+    @property
+    def name(self) -> str:
+        """Its name, such as ``EFAULT``."""
+        return _errno.errorcode.get(-self, str(-self))
+
+    def __repr__(self) -> str:
+        return f"-{self.name}"
+
+
+def raise_for(result: int) -> int:
+    """Return what a documented function returned, or raise `DriverError` when it is a failure."""
+    if isinstance(result, Errno):
+        raise DriverError(-result, result.name, result.step, result.detail)
+    return result
