@@ -18,21 +18,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 # A span takes four places of the log: end, start, key, and its parent's place. Until it is closed, it ends where it
 # starts.
 _RECORDED = """
-def make(_function, _name):
+def make(_span_function, _span_name):
     def recorded({parameters}):
-        _log = {thread}.log
-        _parent = {thread}.at
-        _at = {thread}.at = len(_log)
-        _now = {thread}.now
+        _span_log = {thread}.log
+        _span_parent = {thread}.at
+        _span_at = {thread}.at = len(_span_log)
+        _span_now = {thread}.now
         try:
-            _log += (_now, _now, {thread}.keys[_name], _parent)
+            _span_log += (_span_now, _span_now, {thread}.keys[_span_name], _span_parent)
         except KeyError:
-            _log += (_now, _now, {thread}.key(_name), _parent)
+            _span_log += (_span_now, _span_now, {thread}.key(_span_name), _span_parent)
         try:
             return {call}
         finally:
-            {thread}.at = _parent
-            _log[_at] = {thread}.now
+            {thread}.at = _span_parent
+            _span_log[_span_at] = {thread}.now
     return recorded
 """
 _MARKS: dict[Any, str] = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
@@ -73,7 +73,7 @@ def _recorded(function: F, waits: bool) -> F:
 @cache
 def _maker(thread: str, parameters: str, arguments: str, waits: bool) -> Callable[[Any, str], Any]:
     """Return what makes a recording function of these parameters."""
-    call = f"(yield from _function({arguments}))" if waits else f"_function({arguments})"
+    call = f"(yield from _span_function({arguments}))" if waits else f"_span_function({arguments})"
     names: dict[str, Any] = {}
     exec(_RECORDED.format(thread=thread, parameters=parameters, call=call), {"__name__": __name__}, names)
     return cast("Callable[[Any, str], Any]", names["make"])
