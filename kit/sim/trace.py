@@ -62,7 +62,9 @@ class Trace:
         row = len(log) >> LOG_SHIFT
         log += (end, start, self._keys.get((step, actor)) or self.key(step, actor), parent << LOG_SHIFT)
         if va >= 0 or pages or value or cause or bytes or status != "ok":
-            self.facts(row, va, pages, bytes, cause, status, value)
+            self.spans.facts += pack_facts(
+                row, va, pages, bytes, self.causes.ids[cause], self.statuses.ids[status], value
+            )
         return row
 
     def facts(self, row: int, va: int, pages: int, bytes: int, cause: str, status: str, value: float) -> None:

@@ -152,6 +152,11 @@ class VaSpace:
         self.engine, self.module, self.mm, self.host, self.gpu = engine, module, mm, host, gpu
         gpu.va_space = self
         self.content = Content()
+        # Processors whose atomics on a location are not native: a promotion would take rights from them.
+        self.contenders = tuple(
+            tuple(p for p in (CPU, GPU) if not self.native_atomics(p, at) and (p == CPU or gpu.hal.replayable_faults))
+            for at in (CPU, GPU)
+        )
         self.ranges: list[VaRange] = []
         self.worker = engine.thread("uvm worker")
 

@@ -144,9 +144,9 @@ def block_populate_gpu_chunk(block: VaBlock, thread: Thread, context: BlockConte
     block.tracker = max(block.tracker, chunk.root.tracker)
     block_zero_new_gpu_chunk(block, thread, chunk, first)
     gpu.pmm.own(chunk, block, first)
-    block.gpu_chunks[first] = chunk
-    block.frames[GPU][first : first + pages] = np.arange(chunk.frame, chunk.frame + pages)
-    gpu.frames.ensure(chunk.frame + pages)
+    block.gpu_chunks[first], frame = chunk, chunk.frame
+    block.frames[GPU][first : first + pages] = np.arange(frame, frame + pages)
+    gpu.frames.ensure(frame + pages)
     context.used_chunks.append(chunk)
 
 

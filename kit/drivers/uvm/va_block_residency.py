@@ -98,13 +98,18 @@ def uvm_va_block_make_resident_finish(block: VaBlock, thread: Thread, context: B
     dest, other, resident = context.dest, 1 - context.dest, block.resident
     nowhere = mask & ~(resident[CPU] | resident[GPU])
     moved = mask & resident[other]
-    _moves(block, thread, nowhere, 0, 1 << dest, "populate")
-    _moves(block, thread, mask & block.read_duplicated, 3, 1 << dest, "collapse")
-    _moves(block, thread, moved & ~(context.pages_copied | block.read_duplicated), 1 << other, 1 << dest, "clean")
-    context.pages_changed_residency |= nowhere
+    duplicated = mask & block.read_duplicated
+    clean = moved & ~(context.pages_copied | duplicated)
+    if nowhere:
+        _moves(block, thread, nowhere, 0, 1 << dest, "populate")
+        context.pages_changed_residency |= nowhere
+    if duplicated:
+        _moves(block, thread, duplicated, 3, 1 << dest, "collapse")
+        block.read_duplicated &= ~mask
+    if clean:
+        _moves(block, thread, clean, 1 << other, 1 << dest, "clean")
     resident[dest] |= mask
     resident[other] &= ~mask
-    block.read_duplicated &= ~mask
     if context.cause == "api":
         block.discarded &= ~mask
     if moved and other == GPU and not resident[GPU] and block.whole and block.gpu_chunks:
@@ -115,14 +120,16 @@ def uvm_va_block_make_resident_finish(block: VaBlock, thread: Thread, context: B
 
 def _moves(block: VaBlock, thread: Thread, mask: int, src: int, dst: int, cause: str) -> None:
     """Pages change place without a copy."""
-    for first, count in runs(mask) if mask else ():
+    for first, count in runs(mask):
         thread.engine.trace.move(thread.now, thread.now, block.first + first, count, src, dst, cause)
 
 
 def block_mark_memory_used(block: VaBlock, dest: int) -> None:
     """Append the root chunk to the eviction order: full 2 MiB blocks only (uvm_va_block.c)."""
-    if dest == GPU and block.whole and block.gpu_chunks and block.gpu_chunks[0].pages == BLOCK_PAGES:
-        block.range.va_space.gpu.pmm.mark_used(block.gpu_chunks[0].root)
+    if dest == GPU and block.pages == BLOCK_PAGES:
+        chunk = block.gpu_chunks.get(0)
+        if chunk is not None and chunk.pages == BLOCK_PAGES:
+            block.range.va_space.gpu.pmm.mark_used(chunk.root)
 
 
 def _mappers(block: VaBlock) -> tuple[int, ...]:

@@ -182,9 +182,8 @@ def _compute_new_permission(
     write = pages & wanted[READ_WRITE]
     read = pages & ~(atomic | write)
     contested = 0
-    for other in (CPU, GPU):
-        if not va_space.native_atomics(other, destination) and (other == CPU or va_space.gpu.hal.replayable_faults):
-            contested |= block.pte[other][READ_WRITE_ATOMIC]
+    for other in va_space.contenders[destination]:
+        contested |= block.pte[other][READ_WRITE_ATOMIC]
     may_duplicate = block.all_pages if block.range.policy.read_duplication else block.read_duplicated
     promoted = read & ~(may_duplicate | contested | block.discarded)
     read ^= promoted
