@@ -6,7 +6,6 @@ import difflib
 import errno as _errno
 import os
 from collections.abc import Iterable
-from functools import lru_cache
 
 __all__ = ["DriverError", "Errno", "KitError", "ParameterError", "TraceFileError", "did_you_mean", "raise_for"]
 
@@ -43,13 +42,6 @@ class TraceFileError(ParameterError):
     """A recorded access trace that is missing, truncated or malformed."""
 
 
-@lru_cache(maxsize=256)
-def _said(errno: int, status: str, step: str) -> str:
-    """Return the beginning of a message: a full memory is told of once for every eviction."""
-    name = _errno.errorcode.get(errno, str(errno))
-    return f"{step}: {status} ({name}, {os.strerror(errno)})"
-
-
 class DriverError(KitError, OSError):
     """A documented driver failure.
 
@@ -65,7 +57,8 @@ class DriverError(KitError, OSError):
 
     def __init__(self, errno: int, status: str, step: str, detail: str = "") -> None:
         self.status, self.step = status, step
-        text = _said(errno, status, step)
+        name = _errno.errorcode.get(errno, str(errno))
+        text = f"{step}: {status} ({name}, {os.strerror(errno)})"
         OSError.__init__(self, errno, f"{text}: {detail}" if detail else text)
 
 

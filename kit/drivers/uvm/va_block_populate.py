@@ -8,7 +8,6 @@ import numpy as np
 
 from kit.drivers.uvm.pmm_gpu import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, MoreProcessingRequired, VaBlock
-from kit.errors import DriverError
 from kit.memory.pagemask import first_page, region, runs
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
@@ -163,11 +162,9 @@ def block_alloc_gpu_chunk(block: VaBlock, thread: Thread, context: BlockContext,
         if kept.pages == pages:
             return context.free_chunks.pop(index)
     pmm = block.range.va_space.gpu.pmm
-    try:
-        return (yield from pmm.uvm_pmm_gpu_alloc_user(thread, pages, evict=False))
-    except DriverError as error:
-        if error.status != "NV_ERR_NO_MEMORY":
-            raise
+    chunk = yield from pmm.uvm_pmm_gpu_alloc_user(thread, pages, evict=False)
+    if chunk is not None:
+        return chunk
     yield from block.lock.release(thread)
     try:
         chunk = yield from pmm.uvm_pmm_gpu_alloc_user(thread, pages, evict=True)
