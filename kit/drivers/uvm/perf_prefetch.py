@@ -94,15 +94,9 @@ def _highest_node(tree: int, leaf: int, leaves: int, threshold: int) -> tuple[in
     A node cut off by the end of the tree counts the leaves it has. Failing a level does not stop the
     driver's climb, a larger ancestor may pass: so the search may as well start at the root.
     """
-    level = (leaves - 1).bit_length()
-    cut = leaves < 1 << level
-    while level > 0:
+    for level in range((leaves - 1).bit_length(), 0, -1):
         first = leaf >> level << level
-        size = min(1 << level, leaves - first) if cut else 1 << level
-        full = (tree >> first & (1 << size) - 1).bit_count() * 100
-        if full > threshold * size:
+        size = min(1 << level, leaves - first)
+        if (tree >> first & ((1 << size) - 1)).bit_count() * 100 > threshold * size:
             return first, first + size
-        level -= 1
-        if not cut:  # a node inside this one has no more pages than this one, so it must be smaller than that
-            level = min(level, (full // threshold).bit_length() - 1)
     return leaf, leaf + 1

@@ -235,12 +235,11 @@ def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[
         found = {kind: int.from_bytes(bits.tobytes(), "little") for kind, bits in packed}
         return {kind: mask for kind, mask in found.items() if mask}
     strongest: dict[int, int] = {}
-    seen = 0
+    before = -1
     for page, kind in zip(batch.page[start:end], batch.access[start:end], strict=True):
-        bit = 1 << page - first
-        if not seen & bit:
-            seen |= bit
-            strongest[kind] = strongest.get(kind, 0) | bit
+        if page != before:
+            before = page
+            strongest[kind] = strongest.get(kind, 0) | 1 << page - first
     return strongest
 
 
