@@ -23,7 +23,8 @@ class Content:
 
     def __init__(self) -> None:
         self.stamps = np.zeros(0, dtype=np.uint64)
-        self.dirty = np.zeros(0, dtype=bool)
+        self.marks = bytearray()  # 1 for each page written since its content was settled; `dirty` is the same memory
+        self.dirty = np.frombuffer(self.marks, dtype=bool)
         self._version = 0
 
     def grow(self, slots: int) -> None:
@@ -31,7 +32,8 @@ class Content:
         more = slots - len(self.stamps)
         if more > 0:
             self.stamps = np.concatenate([self.stamps, np.zeros(more, dtype=np.uint64)])
-            self.dirty = np.concatenate([self.dirty, np.zeros(more, dtype=bool)])
+            self.marks = self.marks + bytes(more)
+            self.dirty = np.frombuffer(self.marks, dtype=bool)
 
     def write(self, slots: NDArray[np.integer]) -> None:
         """Mark pages as written."""
@@ -52,11 +54,12 @@ class Content:
         base = self._version << _VERSION_SHIFT | 1
         if isinstance(slots, slice):
             stamps = np.arange(base + slots.start, base + slots.stop, dtype=np.uint64)
+            self.marks[slots] = bytes(len(stamps))
         else:
             stamps = (slots + base).astype(np.uint64)
+            self.dirty[slots] = False
         self.stamps[slots] = stamps
         frames.write(where, stamps)
-        self.dirty[slots] = False
 
     def forget(self, first: int, count: int) -> None:
         """The pages were freed: they hold nothing any more."""

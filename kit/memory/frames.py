@@ -88,7 +88,10 @@ class Frames:
 
     def write(self, at: Index, stamps: NDArray[np.uint64]) -> None:
         """Fill each frame's payload with its stamp, word by word distinguishable."""
-        self.payload[at] = self.pattern(stamps)
+        if self.words == 1:
+            self.payload[at, 0] = stamps
+        else:
+            self.payload[at] = self.pattern(stamps)
 
     def pattern(self, stamps: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return the payload that `stamps` stand for, shape (frames, words); stamp 0 is a zeroed page."""

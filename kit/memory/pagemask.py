@@ -13,7 +13,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bools", "first_page", "from_bools", "from_pages", "pages_of", "region", "runs", "selection"]
+__all__ = [
+    "bools", "first_page", "from_bools", "from_pages", "pages_of", "pieces", "region", "run_count", "run_of", "runs",
+    "selection",
+]  # fmt: skip
+
+FEW = 6  # runs up to which a loop is faster than arrays
 
 
 def region(first: int, count: int) -> int:
@@ -29,16 +34,61 @@ def first_page(mask: int) -> int:
 @lru_cache(maxsize=1 << 12)
 def runs(mask: int) -> tuple[tuple[int, int], ...]:
     """Return (first page, pages) of each contiguous run, ascending."""
-    found, at = [], 0
+    found = []
     while mask:
-        gap = (mask & -mask).bit_length() - 1
-        mask >>= gap
-        at += gap
-        length = (~mask & (mask + 1)).bit_length() - 1
-        found.append((at, length))
-        mask >>= length
-        at += length
+        low = mask & -mask
+        rest = mask + low  # the carry clears the lowest run and sets the bit past it
+        first = low.bit_length() - 1
+        found.append((first, (mask ^ rest).bit_length() - 1 - first))
+        mask &= rest
     return tuple(found)
+
+
+def run_count(mask: int) -> int:
+    """Return how many contiguous runs a mask has."""
+    return (mask & ~(mask << 1)).bit_count()
+
+
+def run_of(mask: int) -> slice | None:
+    """Return the pages of a mask that is one run, as a slice; None when it is several."""
+    low = mask & -mask
+    if mask + low & mask:
+        return None
+    return slice(low.bit_length() - 1, mask.bit_length())
+
+
+def pieces(mask: int, apart: int, base: int = 0) -> tuple[list[int], list[int], list[int]]:
+    """Return the runs of a mask, cut where they enter or leave the pages of `apart`, ascending.
+
+    Returns
+    -------
+    first : list of int
+        First page of each, counted from `base`: bit 0 of the mask is page `base`.
+    pages : list of int
+    inside : list of int
+        1 for a piece inside `apart`, else 0.
+    """
+    inside = mask & apart
+    outside = mask ^ inside
+    if run_count(inside) + run_count(outside) > FEW:
+        starts = inside & ~(inside << 1) | outside & ~(outside << 1)
+        ends = ~inside & inside << 1 | ~outside & outside << 1  # one past the last page of each
+        count = mask.bit_length() + 1
+        at = bools(starts, count).nonzero()[0]
+        length = bools(ends, count).nonzero()[0] - at
+        within = bools(inside, count)[at].view(np.uint8).tolist() if inside else [0] * len(at)
+        return (at + base).tolist(), length.tolist(), within
+    first, pages, within = [], [], []
+    while mask:
+        low = mask & -mask
+        part = inside if inside & low else outside
+        past = part ^ part + low  # the piece that starts at the lowest page, and the bit past it
+        at_low = low.bit_length() - 1
+        first.append(base + at_low)
+        pages.append(past.bit_length() - 1 - at_low)
+        within.append(1 if inside & low else 0)
+        mask &= ~(past & part)
+    return first, pages, within
 
 
 def from_pages(pages: Sequence[int] | NDArray[np.integer]) -> int:
@@ -68,13 +118,12 @@ def bools(mask: int, count: int) -> NDArray[np.bool_]:
 @lru_cache(maxsize=1 << 12)
 def selection(mask: int, count: int) -> slice | NDArray[np.bool_]:
     """Return what picks the pages of a mask out of an array of `count` pages: a slice when they are one run."""
-    low = mask & -mask
-    if mask + low & mask:
+    run = run_of(mask)
+    if run is None:
         picked = bools(mask, count)
         picked.flags.writeable = False  # everybody who asks again gets this one
         return picked
-    first = low.bit_length() - 1
-    return slice(first, first + mask.bit_count())
+    return run
 
 
 def pages_of(mask: int) -> NDArray[np.int64]:

@@ -83,18 +83,25 @@ class PageTable:
         pages : ndarray of int, shape (n,)
             Virtual page numbers.
         """
-        pages = np.asarray(pages, dtype=np.int64)
-        row = np.zeros(len(pages), dtype=np.int64)
-        below = sum(self.geometry.bits)
-        known = (pages >= 0) & (pages < (1 << below))
+        pages, leaf = np.asarray(pages, dtype=np.int64), self.geometry.leaf
+        table = pages >> self.geometry.bits[-1]
+        # Neighbours in the list are mostly neighbours in memory: each run of pages in one leaf table is looked up once.
+        starts = np.flatnonzero(np.append(len(pages) > 0, table[1:] != table[:-1]))
+        row = np.repeat(self._leaf_rows(table[starts]), np.diff(starts, append=len(pages)))
+        return np.where(row >= 0, row * leaf + (pages & (leaf - 1)), -1)
+
+    def _leaf_rows(self, tables: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the row of each leaf table, -1 where there is none."""
+        row = np.zeros(len(tables), dtype=np.int64)
+        below = sum(self.geometry.bits[:-1])
+        known = (tables >= 0) & (tables < (1 << below))
         for level, bits in enumerate(self.geometry.bits[:-1]):
             below -= bits
-            index = (pages >> below) & ((1 << bits) - 1)
+            index = (tables >> below) & ((1 << bits) - 1)
             found = self.directories[level][np.where(known, row, 0), index]
             known &= found >= 0
             row = np.where(known, found, 0)
-        leaf = self.geometry.leaf
-        return np.where(known, row * leaf + (pages & (leaf - 1)), -1)
+        return np.where(known, row, -1)
 
     def lookup(self, pages: NDArray[np.integer]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         """Return right and frame of each page; 0 and -1 where nothing is mapped."""

@@ -12,11 +12,14 @@ What may wait is used with ``yield from``, and is an empty tuple when it turns o
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from heapq import heappush
 from typing import Any
 
 import numpy as np
 import simpy
+from simpy.events import NORMAL
 
+from kit.sim.columns import LOG_SHIFT, pack_facts
 from kit.sim.trace import Trace
 
 __all__ = ["Clock", "Engine", "Lock", "RwLock", "Thread", "Wait"]
@@ -42,7 +45,19 @@ class Clock(simpy.Environment):
     def reach(self, time: float) -> float | None:
         """Return the clock's time if it is `time` or later, or can leap there; else None."""
         ahead = time - self._now
-        return self._now if ahead <= 0 or self.leap(ahead) else None
+        if ahead > 0:
+            time = self._now + ahead
+            if self._queue and self._queue[0][0] <= time:
+                return None
+            self._now = time
+        return self._now
+
+    def at(self, time: float) -> simpy.Event:
+        """Return an event that happens at `time`, exactly."""
+        event = simpy.Event(self)
+        event._ok, event._value = True, None
+        heappush(self._queue, (time, NORMAL, next(self._eid), event))
+        return event
 
 
 class Engine:
@@ -65,7 +80,7 @@ class Engine:
     @property
     def now(self) -> float:
         """Simulated time in microseconds."""
-        return self.env.now
+        return float(self.env._now)
 
     def thread(self, name: str) -> Thread:
         """Return a new actor whose spans carry `name`."""
@@ -85,18 +100,32 @@ class Engine:
 
 
 class Thread:
-    """One actor: a clock of its own (``now``, microseconds) and the row of its running span (-1: none)."""
+    """One actor: a clock of its own (``now``, microseconds) and its running span.
 
-    __slots__ = ("_env", "_jitter", "_trace", "engine", "keys", "name", "now", "row", "spans")
+    Attributes
+    ----------
+    log : list
+        The trace's spans, place by place (`kit.sim.trace.Spans`).
+    at : int
+        The running span's place in it, -1: none.
+    """
+
+    __slots__ = ("_env", "_facts", "_jitter", "_trace", "at", "engine", "keys", "log", "name", "now")
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine, self.name = engine, name
-        self._env, self._trace, self.spans = engine.env, engine.trace, engine.trace.spans
+        self._env, self._trace, self.log = engine.env, engine.trace, engine.trace.spans.log
+        self._facts = engine.trace.spans.facts
         engine.trace.actors(name)
         self.now: float = float(engine.env.now)
         self._jitter = engine.jitter
-        self.row = -1
+        self.at = -1
         self.keys: dict[str, int] = {}
+
+    @property
+    def row(self) -> int:
+        """The running span's row, -1: none."""
+        return self.at >> LOG_SHIFT
 
     def charge(self, microseconds: float) -> None:
         """Spend time on this actor's own clock."""
@@ -110,10 +139,13 @@ class Thread:
         return found
 
     def note(
-        self, *, va: int = -1, pages: int = 0, bytes: int = 0, cause: str = "", status: str = "ok", value: float = 0
+        self, va: int = -1, pages: int = 0, bytes: int = 0, cause: str = "", status: str = "ok", value: float = 0
     ) -> None:  # fmt: skip
         """Fill in what the running step has learned about itself: columns of the spans from ``va`` on."""
-        self._trace.facts(self.row, va, pages, bytes, cause, status, value)
+        if cause or status != "ok":
+            self._trace.facts(self.at >> LOG_SHIFT, va, pages, bytes, cause, status, value)
+        else:
+            self._facts += pack_facts(self.at >> LOG_SHIFT, va, pages, bytes, 0, 0, value)
 
     def in_step(self) -> bool:
         """Bring the common clock up to this actor's if nobody else acts before; return whether they agree."""
@@ -125,11 +157,16 @@ class Thread:
 
     def sync(self) -> Iterable[simpy.Event]:
         """Let everybody else catch up with this actor's clock."""
-        return NO_WAIT if self.in_step() else self._catch_up()
+        now = self._env.reach(self.now)
+        if now is None:
+            return self._catch_up()
+        self.now = now
+        return NO_WAIT
 
     def _catch_up(self) -> Wait:
-        yield simpy.Timeout(self._env, self.now - self._env.now)
-        self.now = float(self._env.now)
+        env = self._env
+        yield simpy.Timeout(env, self.now - env._now)
+        self.now = float(env._now)
 
     def wait(self, event: simpy.Event) -> Wait:
         """Wait for `event`; time passes on this actor's clock."""
@@ -150,10 +187,11 @@ class Lock:
 
     def acquire(self, thread: Thread) -> Iterable[simpy.Event]:
         """Take the lock for `thread`, in order of arrival."""
-        if thread.in_step() and self.holder is None:
-            self.holder = thread
-            return NO_WAIT
-        return self._acquire(thread)
+        now = thread._env.reach(thread.now)
+        if now is None or self.holder is not None:
+            return self._acquire(thread)
+        thread.now, self.holder = now, thread
+        return NO_WAIT
 
     def _acquire(self, thread: Thread) -> Wait:
         yield from thread.sync()
@@ -168,10 +206,15 @@ class Lock:
         """Give the lock up once everybody has caught up with the holder's clock."""
         if self.holder is not thread:
             raise RuntimeError(f"{thread.name} releases a lock held by {self.holder and self.holder.name}")
-        if thread.in_step():
+        now = thread._env.reach(thread.now)
+        if now is None:
+            return self._release(thread)
+        thread.now = now
+        if self._waiting:
             self._give_up()
-            return NO_WAIT
-        return self._release(thread)
+        else:
+            self.holder = None
+        return NO_WAIT
 
     def _release(self, thread: Thread) -> Wait:
         yield from thread.sync()

@@ -51,6 +51,7 @@ class Curve:
         self.us = [float(p[1]) for p in points]
         self.source, self.basis = source, basis
         self._cache: dict[int, float] = {}
+        self.of_pages = PageTimes(self)
 
     def __call__(self, nbytes: int) -> float:
         """Return microseconds for `nbytes`."""
@@ -63,6 +64,18 @@ class Curve:
             else:
                 found = float(np.interp(kib, self.kib, self.us))
             self._cache[nbytes] = found
+        return found
+
+
+class PageTimes(dict[int, float]):
+    """A curve by 4 KiB pages, computed when asked for the first time."""
+
+    def __init__(self, curve: Curve) -> None:
+        super().__init__()
+        self._curve = curve
+
+    def __missing__(self, pages: int) -> float:
+        found = self[pages] = self._curve(pages * 4096)
         return found
 
 

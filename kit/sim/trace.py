@@ -8,110 +8,26 @@ arrays. Doubles hold every address below 2**53 exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from functools import wraps
-from struct import Struct
-from typing import Any, TypeVar, cast
-
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.sim.columns import (
+    LOG_SHIFT,
+    LOG_WIDTH,
+    MOVE_BYTES,
+    MOVE_COLUMNS,
+    SPAN_COLUMNS,
+    STEP_SHIFT,
+    Copies,
+    Moves,
+    Names,
+    Spans,
+    pack_facts,
+    pack_move,
+)
+from kit.sim.steps import step, waiting_step
+
 __all__ = ["MOVE_COLUMNS", "SPAN_COLUMNS", "Moves", "Names", "Spans", "Trace", "step", "waiting_step"]
-
-SPAN_COLUMNS = ("start", "end", "step", "actor", "parent", "va", "pages", "bytes", "cause", "status", "value")
-MOVE_COLUMNS = ("start", "end", "first_page", "pages", "src", "dst", "cause")
-PAGE = 4096  # bytes
-_STEP_SHIFT = 8  # a span's key is step << 8 | actor
-_FACTS = SPAN_COLUMNS.index("va")  # columns from here on are facts that only some spans have
-_WIDTH = 1 + len(SPAN_COLUMNS) - _FACTS
-_pack_facts = Struct(f"{_WIDTH}d").pack
-_pack_move = Struct(f"{len(MOVE_COLUMNS)}d").pack
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Names:
-    """Words of a column, interned: the column stores small integers, readers see words."""
-
-    def __init__(self, *words: str) -> None:
-        self.words: list[str] = list(words)
-        self.ids: dict[str, int] = {w: i for i, w in enumerate(words)}
-
-    def __call__(self, word: str) -> int:
-        """Return the id of `word`, giving it one when it is new."""
-        found = self.ids.get(word)
-        if found is None:
-            found = self.ids[word] = len(self.words)
-            self.words.append(word)
-        return found
-
-
-class Spans:
-    """One row per executed step or hardware activity; times in microseconds.
-
-    ``step``, ``actor``, ``cause`` and ``status`` are ids into the trace's `Names`; ``parent`` is a
-    row number or -1; ``va`` a virtual address in bytes or -1; ``value`` is what the profiler
-    reports beside the bytes (faults in a group, program counter). What only some spans say about
-    themselves (every column from ``va`` on) is kept as sparse facts until a column is asked for.
-    """
-
-    columns = SPAN_COLUMNS
-
-    def __init__(self) -> None:
-        self.start: list[float] = []
-        self.end: list[float] = []
-        self.key: list[int] = []
-        self.parent: list[int] = []
-        self.facts = bytearray()  # a row number and the columns from va on, packed as doubles
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-    def array(self) -> NDArray[np.float64]:
-        """Return all rows as a new array, shape (rows, columns)."""
-        rows = np.empty((len(self), len(SPAN_COLUMNS)))
-        for at, name in enumerate(SPAN_COLUMNS):
-            rows[:, at] = self.column(name)
-        return rows
-
-    def column(self, name: str) -> NDArray[np.float64]:
-        """Return one column as a new array, shape (rows,)."""
-        if name in ("step", "actor"):
-            key = np.array(self.key, dtype=np.int64)
-            return (key >> _STEP_SHIFT if name == "step" else key & ((1 << _STEP_SHIFT) - 1)).astype(np.float64)
-        if name in ("start", "end", "parent"):
-            return np.array(getattr(self, name), dtype=np.float64)
-        facts = np.frombuffer(self.facts, dtype=np.float64).reshape(-1, _WIDTH)
-        blank = -1.0 if name == "va" else 0.0
-        said = facts[:, 1 + SPAN_COLUMNS.index(name) - _FACTS]
-        chosen = said != blank
-        column = np.full(len(self), blank)
-        column[facts[chosen, 0].astype(np.int64)] = said[chosen]
-        return column
-
-
-class Moves:
-    """One row per run of pages that changed place.
-
-    Between ``start`` and ``end`` (microseconds) the pages are in flight; ``src`` and ``dst`` are
-    residency masks before and after (bit 0: host memory, bit *i*: the *i*-th device, 0: nowhere);
-    ``first_page`` is a virtual page number.
-    """
-
-    columns = MOVE_COLUMNS
-
-    def __init__(self) -> None:
-        self.rows = bytearray()  # the columns, packed as doubles
-
-    def __len__(self) -> int:
-        return len(self.rows) // (8 * len(MOVE_COLUMNS))
-
-    def array(self) -> NDArray[np.float64]:
-        """Return all rows as a new array, shape (rows, columns)."""
-        return np.frombuffer(bytearray(self.rows), dtype=np.float64).reshape(-1, len(MOVE_COLUMNS))
-
-    def column(self, name: str) -> NDArray[np.float64]:
-        """Return one column as a new array, shape (rows,)."""
-        return self.array()[:, MOVE_COLUMNS.index(name)].copy()
 
 
 class Trace:
@@ -120,6 +36,7 @@ class Trace:
     def __init__(self) -> None:
         self.spans = Spans()
         self.moves = Moves()
+        self.copies = Copies(self.spans, self.moves)
         self.steps = Names()
         self.actors = Names()
         self.causes = Names("")
@@ -132,7 +49,6 @@ class Trace:
         actor: str,
         start: float,
         end: float,
-        *,
         parent: int = -1,
         va: int = -1,
         pages: int = 0,
@@ -142,35 +58,34 @@ class Trace:
         value: float = 0,
     ) -> int:
         """Append one finished span and return its row number."""
-        spans = self.spans
-        row = len(spans.end)
-        spans.start.append(start)
-        spans.end.append(end)
-        spans.key.append(self._keys.get((step, actor)) or self.key(step, actor))
-        spans.parent.append(parent)
-        self.facts(row, va, pages, bytes, cause, status, value)
+        log = self.spans.log
+        row = len(log) >> LOG_SHIFT
+        log += (end, start, self._keys.get((step, actor)) or self.key(step, actor), parent << LOG_SHIFT)
+        if va >= 0 or pages or value or cause or bytes or status != "ok":
+            self.spans.facts += pack_facts(
+                row, va, pages, bytes, self.causes.ids[cause], self.statuses.ids[status], value
+            )
         return row
 
     def facts(self, row: int, va: int, pages: int, bytes: int, cause: str, status: str, value: float) -> None:
         """Say something about a span: a fact that is blank (-1 for `va`, else 0 or its word) says nothing."""
-        cause_id = self.causes(cause) if cause else 0
-        status_id = self.statuses(status) if status != "ok" else 0
-        self.spans.facts.extend(_pack_facts(row, va, pages, bytes, cause_id, status_id, value))
+        cause_id, status_id = self.causes.ids[cause], self.statuses.ids[status]
+        self.spans.facts += pack_facts(row, va, pages, bytes, cause_id, status_id, value)
 
     def key(self, step: str, actor: str) -> int:
         """Return the span key of a step by an actor."""
         found = self._keys.get((step, actor))
         if found is None:
-            found = self._keys[step, actor] = self.steps(step) << _STEP_SHIFT | self.actors(actor)
+            found = self._keys[step, actor] = self.steps(step) << STEP_SHIFT | self.actors(actor)
         return found
 
     def move(self, start: float, end: float, first_page: int, pages: int, src: int, dst: int, cause: str = "") -> None:
         """Append a run of pages going from residency mask `src` to `dst`."""
-        self.moves.rows.extend(_pack_move(start, end, first_page, pages, src, dst, self.causes(cause)))
+        self.moves.rows += pack_move(start, end, first_page, pages, src, dst, self.causes(cause))
 
     def copied(
-        self, step: str, actor: str, parent: int, times: list[float], copies: list[tuple[int, int, str]], src: int,
-        dst: int,
+        self, step: str, actor: str, parent: int, times: list[float], page: list[int], pages: list[int],
+        cause: list[str], src: int, dst: int,
     ) -> None:  # fmt: skip
         """Append a finished span and a move for each of several runs of pages, copied one after the other.
 
@@ -178,20 +93,20 @@ class Trace:
         ----------
         times : list of float, length n + 1
             When each copy starts, and when the last one ends.
-        copies : list of (first page, pages, cause), length n
+        page, pages, cause : list, length n
+            First page, number of pages and cause of each.
         src, dst : int
             Residency masks; equal ones make no moves.
         """
-        spans, moves, row = self.spans, self.moves.rows, len(self.spans.end)
-        for at, (page, pages, cause) in enumerate(copies):
-            why = self.causes(cause)
-            spans.facts.extend(_pack_facts(row + at, page * PAGE, pages, pages * PAGE, why, 0, 0))
-            if src != dst:
-                moves.extend(_pack_move(times[at], times[at + 1], page, pages, src, dst, why))
-        spans.start.extend(times[:-1])
-        spans.end.extend(times[1:])
-        spans.key.extend([self.key(step, actor)] * len(copies))
-        spans.parent.extend([parent] * len(copies))
+        log, copies = self.spans.log, self.copies
+        copies.pushes += (len(log) >> LOG_SHIFT, len(page), len(self.moves.rows) // MOVE_BYTES, src, dst)
+        copies.page += page
+        copies.pages += pages
+        copies.cause += map(self.causes.ids.__getitem__, cause)
+        key = self._keys.get((step, actor)) or self.key(step, actor)
+        rows: list[float] = [key, parent << LOG_SHIFT] * (2 * len(page))
+        rows[::LOG_WIDTH], rows[1::LOG_WIDTH] = times[1:], times[:-1]
+        log += rows
 
     def residency_at(self, time: float, first_page: int, pages: int) -> NDArray[np.int16]:
         """Return where each page is at `time`: a residency mask, or -1 while in flight.
@@ -215,56 +130,3 @@ class Trace:
             if lo < hi:
                 where[lo:hi] = int(dst) if end <= time else -1
         return where
-
-
-def step(function: F) -> F:
-    """Record a driver function as a span named after it.
-
-    Its second argument is the `Thread` that runs it: the clock gives start and end, the stack the
-    parent. This wrapper runs tens of times for one fault, so it touches the columns directly.
-    """
-    name = function.__name__
-
-    @wraps(function)
-    def recorded(subject: Any, thread: Any, *args: Any, **kwargs: Any) -> Any:
-        spans, parent = thread.spans, thread.row
-        ends = spans.end
-        row = thread.row = len(ends)
-        now = thread.now
-        ends.append(now)  # until it is closed, a span ends where it starts
-        spans.start.append(now)
-        spans.key.append(thread.keys.get(name) or thread.key(name))
-        spans.parent.append(parent)
-        try:
-            return function(subject, thread, *args, **kwargs)
-        finally:
-            thread.row = parent
-            ends[row] = thread.now
-
-    return cast(F, recorded)
-
-
-def waiting_step(function: F) -> F:
-    """`step` for a function that may wait, to be driven with ``yield from``; it may pass on what another returns.
-
-    The lines of `step` stand here again on purpose: a shared helper would cost a call for every span.
-    """
-    name = function.__name__
-
-    @wraps(function)
-    def recorded(subject: Any, thread: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        spans, parent = thread.spans, thread.row
-        ends = spans.end
-        row = thread.row = len(ends)
-        now = thread.now
-        ends.append(now)  # until it is closed, a span ends where it starts
-        spans.start.append(now)
-        spans.key.append(thread.keys.get(name) or thread.key(name))
-        spans.parent.append(parent)
-        try:
-            return (yield from function(subject, thread, *args, **kwargs))
-        finally:
-            thread.row = parent
-            ends[row] = thread.now
-
-    return cast(F, recorded)

@@ -42,3 +42,25 @@ def test_duplicates_count_once(pages: list[int]) -> None:
 @given(st.integers(0, 500), st.integers(0, 12))
 def test_a_region_is_its_pages(first: int, count: int) -> None:
     assert pagemask.region(first, count) == mask_of(set(range(first, first + count)))
+
+
+@given(PAGES)
+def test_one_run_is_a_slice_and_several_are_none(pages: set[int]) -> None:
+    mask = mask_of(pages)
+    found = list(pagemask.runs(mask))
+    assert pagemask.run_count(mask) == len(found)
+    if len(found) == 1:
+        ((first, count),) = found
+        assert pagemask.run_of(mask) == slice(first, first + count)
+    elif found:
+        assert pagemask.run_of(mask) is None
+
+
+@given(st.one_of(PAGES, st.sets(st.integers(0, 20))), PAGES, st.integers(0, 1 << 40))
+def test_pieces_are_runs_cut_at_the_other_pages(pages: set[int], apart: set[int], base: int) -> None:
+    split = [(first, count, 0) for first, count in pagemask.runs(mask_of(pages - apart))]
+    split += [(first, count, 1) for first, count in pagemask.runs(mask_of(pages & apart))]
+    expected = [(base + first, count, inside) for first, count, inside in sorted(split)]
+    found = pagemask.pieces(mask_of(pages), mask_of(apart), base)
+    assert list(zip(*found, strict=True)) == expected
+    assert all(type(number) is int for column in found for number in column)

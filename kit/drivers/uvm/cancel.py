@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, preprocess_fault_batch
+from kit.drivers.uvm.fault_buffer import plain
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.types import PAGE
 from kit.sim.engine import Thread, Wait
@@ -75,7 +76,7 @@ def cancel_faults_precise_tlb(gpu: Gpu, thread: Thread) -> Wait:
         fetch_fault_buffer_entries(gpu, thread, batch, everything=True)
         if not len(batch):
             break
-        entries = list(zip(batch.utlb, batch.page, strict=True))
+        entries = list(zip(plain(batch.utlb), batch.page, strict=True))
         locked = {utlb for utlb, page in seen.items() if (utlb, page) in entries}
         preprocess_fault_batch(gpu, thread, batch)
         yield from service_fault_batch(gpu, thread, batch, cancel=True)

@@ -41,13 +41,17 @@ class Channel:
         start, end : float
             When the GPU executes it.
         """
-        pending = self._pending
-        while pending and pending[0] <= thread.now:
-            pending.popleft()
+        pending, start = self._pending, thread.now
         if len(pending) >= self.entries - 1:
-            thread.now = pending.popleft()  # uvm_channel_reserve spins until an entry completes
-        start = max(thread.now, after, self.free_at)
-        self.free_at = start + duration
+            while pending and pending[0] <= start:
+                pending.popleft()
+            if len(pending) >= self.entries - 1:
+                start = thread.now = pending.popleft()  # uvm_channel_reserve spins until an entry completes
+        if after > start:
+            start = after
+        if self.free_at > start:
+            start = self.free_at
+        self.free_at = end = start + duration
         self.pushes += 1
-        pending.append(self.free_at)
-        return start, self.free_at
+        pending.append(end)
+        return start, end

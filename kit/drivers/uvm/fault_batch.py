@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from kit.drivers.uvm.fault_buffer import FaultBuffer
+import numpy as np
+from numpy.typing import NDArray
+
+from kit.drivers.uvm.fault_buffer import Column, FaultBuffer, plain
 from kit.drivers.uvm.gpu import Gpu
 from kit.sim.engine import Thread
 from kit.sim.trace import step
@@ -13,28 +15,31 @@ from kit.sim.trace import step
 __all__ = ["FaultBatch", "fetch_fault_buffer_entries", "preprocess_fault_batch"]
 
 
-@dataclass(slots=True)
 class FaultBatch:
     """uvm_fault_service_batch_context_t: one batch, its columns sorted by address, strongest access first.
 
     ``instances`` counts the raw entries merged into a representative while fetching; same-page
-    entries that remain after the sort are duplicates of the first.
+    entries that remain after the sort are duplicates of the first. ``ascending`` holds pages and
+    accesses as arrays when they came in that order, each page once.
     """
 
     page: Sequence[int] = ()
     access: Sequence[int] = ()
     instances: Sequence[int] = ()
-    utlb: Sequence[int] = ()
+    utlb: Column | Sequence[int] = ()
     fatal_type: Sequence[int] = ()
-    first_time: float = 0.0
-    num_cached: int = 0
-    num_duplicates: int = 0
-    num_invalid_prefetch: int = 0
-    num_replays: int = 0
-    has_throttled: bool = False
-    fatal: dict[int, str] = field(default_factory=dict)
-    tracker: float = 0.0
-    copies_end: float = 0.0
+    ascending: tuple[NDArray[np.int64], NDArray[np.int8]] | None = None
+    first_time = 0.0
+    num_cached = 0
+    num_duplicates = 0
+    num_invalid_prefetch = 0
+    num_replays = 0
+    has_throttled = False
+    tracker = 0.0
+    copies_end = 0.0
+
+    def __init__(self) -> None:
+        self.fatal: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.page)
@@ -43,7 +48,7 @@ class FaultBatch:
         """Keep these rows, in this order."""
         for name in ("page", "access", "instances", "utlb", "fatal_type"):
             column = getattr(self, name)
-            setattr(self, name, [column[row] for row in rows])
+            setattr(self, name, list(map(column.__getitem__, rows)))
 
 
 @step
@@ -62,13 +67,17 @@ def fetch_fault_buffer_entries(gpu: Gpu, thread: Thread, batch: FaultBatch, ever
     batch.num_cached = limit
     if not limit:
         return
-    time, batch.page, batch.access, batch.utlb, batch.fatal_type = buffer.read(limit)
-    batch.first_time = min(time)
+    time, *columns = buffer.read(limit)
+    page, access, batch.utlb, fatal = columns
+    batch.page, batch.access, batch.fatal_type = plain(page), plain(access), plain(fatal)
+    batch.first_time = float(time[0])
     batch.instances = [1] * limit
+    if isinstance(page, np.ndarray) and isinstance(access, np.ndarray) and (page[1:] > page[:-1]).all():
+        batch.ascending = page, access
     coalesce = module.fault_coalesce and not (everything and not gpu.hal.cancel_by_address)
-    if coalesce and len(set(batch.page)) < limit:
+    if limit > 1 and coalesce and batch.ascending is None and len(set(batch.page)) < limit:
         _merge(batch)
-    thread.note(pages=len(batch), value=limit)
+    thread.note(pages=len(batch.page), value=limit)
 
 
 def _merge(batch: FaultBatch) -> None:
@@ -83,7 +92,7 @@ def _merge(batch: FaultBatch) -> None:
     heads: list[int] = []  # where in the batch each representative is
     counts: list[int] = []
     last, last_access = -1, 0  # the driver does not follow when the last representative is replaced under rule (a)
-    pages, kinds = batch.page, batch.access
+    pages, kinds, batch.utlb = batch.page, batch.access, plain(batch.utlb)
     for at, (page, access, utlb, fatal) in enumerate(zip(pages, kinds, batch.utlb, batch.fatal_type, strict=True)):
         found = -1
         if not fatal:
@@ -108,9 +117,9 @@ def _merge(batch: FaultBatch) -> None:
 @step
 def preprocess_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
     """Sort by address, strongest access first; one channel, so one instance pointer (uvm_gpu_replayable_faults.c)."""
-    count = len(batch)
+    count = len(batch.page)
     thread.charge(count * gpu.costs.preprocess_entry)
-    if count > 1 and list(batch.page) != sorted(set(batch.page)):
+    if count > 1 and batch.ascending is None and batch.page != sorted(set(batch.page)):
         rank = [page * 8 - access for page, access in zip(batch.page, batch.access, strict=True)]
         batch.pick(sorted(range(count), key=rank.__getitem__))
 

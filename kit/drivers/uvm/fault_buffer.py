@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Column", "FaultBuffer"]
+__all__ = ["Column", "FaultBuffer", "plain"]
 
 Column = list[Any] | NDArray[Any]
 
@@ -57,11 +57,12 @@ class FaultBuffer:
         ----------
         time, page, access, utlb, fatal : list or ndarray, shape (n,)
         """
-        room = 0 if self.overflow else min(len(page), self.space)
-        columns: tuple[Column, ...] = (time, page, access, utlb, [0] * len(page) if fatal is None else fatal)
-        if room < len(page):
+        count = len(page)
+        room = 0 if self.overflow else min(count, self.space)
+        columns: tuple[Column, ...] = (time, page, access, utlb, [0] * count if fatal is None else fatal)
+        if room < count:
             self.overflow = True
-            self.dropped += len(page) - room
+            self.dropped += count - room
             columns = tuple(column[:room] for column in columns)
         if room:
             self.last_time = float(time[room - 1])
@@ -76,17 +77,22 @@ class FaultBuffer:
         count = sum(int(np.searchsorted(columns[0], now, side="right")) for columns in self._written)
         return self.get + max(count - self._taken, 0)
 
-    def read(self, count: int) -> list[list[Any]]:
-        """Take `count` entries from GET on, as columns of plain numbers; moving GET clears the overflow."""
+    def read(self, count: int) -> list[Column]:
+        """Take `count` entries from GET on: as they were written where one write holds them all, else as lists."""
+        if self._taken == 0 and len(self._written[0][0]) == count:
+            self.get, self.overflow = self.get + count, False
+            return list(self._written.popleft())
         parts, start, missing = [], self._taken, count
         for columns in self._written:
-            parts.append([_plain(column[start : start + missing]) for column in columns])
+            parts.append([column[start : start + missing] for column in columns])
             missing -= len(parts[-1][0])
             if not missing:
                 break
             start = 0
         self.advance(self.get + count)
-        return parts[0] if len(parts) == 1 else [list(chain(*column)) for column in zip(*parts, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        return [list(chain(*map(plain, column))) for column in zip(*parts, strict=True)]
 
     def advance(self, get: int) -> None:
         """Write GET, and by a second write clear OVERFLOW."""
@@ -97,5 +103,8 @@ class FaultBuffer:
         self.overflow = False
 
 
-def _plain(column: Column) -> list[Any]:
-    return column if isinstance(column, list) else column.tolist()
+def plain(column: Column | Sequence[Any]) -> list[Any]:
+    """Return a column as a list of plain numbers."""
+    if isinstance(column, list):
+        return column
+    return column.tolist() if isinstance(column, np.ndarray) else list(column)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from simpy import Event
+
 from kit.drivers.uvm.channel import Channel
 from kit.drivers.uvm.fault_buffer import FaultBuffer
 from kit.drivers.uvm.hal import FAMILIES
@@ -13,7 +15,7 @@ from kit.drivers.uvm.pmm_gpu import Pmm
 from kit.drivers.uvm.types import BLOCK_PAGES
 from kit.errors import ParameterError
 from kit.memory.frames import Frames
-from kit.memory.pagemask import runs
+from kit.memory.pagemask import run_count
 from kit.memory.pagetable import GEOMETRIES, PageTable
 from kit.sim.engine import Engine, Lock
 from kit.sim.machine import Machine
@@ -123,7 +125,7 @@ class Gpu:
 
     def tlb_invalidate(self, mask: int) -> float:
         """Return the cost of invalidating `mask`: a method a page or a range, or one for everything."""
-        ranges = len(runs(mask))
+        ranges = run_count(mask)
         units = ranges if self.hal.tlb_by_range else mask.bit_count()
         # More than four queued ranges become one invalidate-all (uvm_tlb_batch.h), as do too many pages.
         if ranges > 4 or units > self.hal.tlb_ranges_max:
@@ -133,5 +135,5 @@ class Gpu:
     def wake_stalled(self) -> None:
         """Let every stalled access try again: what a replay does."""
         self.replays += 1
-        event, self.replay_event = self.replay_event, self.engine.env.event()
+        event, self.replay_event = self.replay_event, Event(self.engine.env)
         event.succeed()

@@ -115,6 +115,11 @@ class GridKernel:
         return int(self.asleep.sum())
 
     @property
+    def blocked(self) -> bool:
+        """See `kit.drivers.uvm.sm.Kernel.blocked`."""
+        return bool(self.asleep.any()) and not (self.alive & ~self.asleep).any()
+
+    @property
     def done(self) -> bool:
         """Every warp has ended."""
         return not self.alive.any()

@@ -29,7 +29,7 @@ def uvm_perf_prefetch_get_hint_va_block(block: VaBlock, thread: Thread, dest: in
     hint = uvm_perf_prefetch_prenotify_fault_migrations(block, thread, dest, faulted)
     if block.fault_migrations_to_last_proc < module.prefetch_min_faults:
         return 0
-    thread.note(va=block.va, pages=hint.bit_count())
+    thread.note(block.va, hint.bit_count())
     return hint
 
 

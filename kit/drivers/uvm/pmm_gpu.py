@@ -47,10 +47,21 @@ class Chunk:
         return self.root.index * BLOCK_PAGES + self.offset
 
 
+def _pinned(root: RootChunk | None) -> Chunk | None:
+    """Return all of a root chunk as one chunk that cannot be evicted; None when there is none."""
+    if root is None:
+        return None
+    root.pins += 1
+    return Chunk(root, 0, BLOCK_PAGES, zeroed=root.zeroed)
+
+
 def _first_owner(root: RootChunk) -> VaBlock | None:
     """Return the block that owns the lowest chunk left in a root chunk, None when all are gone."""
-    left = [chunk for chunk in root.owners.values() if chunk.block is not None]
-    return min(left, key=lambda chunk: chunk.offset).block if left else None
+    lowest = None
+    for chunk in root.owners.values():
+        if chunk.block is not None and (lowest is None or chunk.offset < lowest.offset):
+            lowest = chunk
+    return None if lowest is None else lowest.block
 
 
 class Pmm:
@@ -80,12 +91,12 @@ class Pmm:
 
     @waiting_step
     def uvm_pmm_gpu_alloc_user(self, thread: Thread, pages: int, evict: bool) -> Wait:
-        """Return a pinned chunk of `pages` pages, evicting when asked to (uvm_pmm_gpu.c).
+        """Return a pinned chunk of `pages` pages, evicting when asked to, else None without memory (uvm_pmm_gpu.c).
 
         Raises
         ------
         DriverError
-            ENOMEM (NV_ERR_NO_MEMORY): no memory, or nothing that can be evicted.
+            ENOMEM (NV_ERR_NO_MEMORY): nothing that can be evicted.
         """
         return (yield from self.pmm_gpu_alloc(thread, pages, evict))
 
@@ -101,8 +112,7 @@ class Pmm:
         chunk = self.claim_free_chunk(thread, pages)
         if chunk is None and pages == BLOCK_PAGES:
             root = yield from self.alloc_or_evict_root_chunk_unlocked(thread, evict)
-            root.pins += 1
-            chunk = Chunk(root, 0, BLOCK_PAGES, zeroed=root.zeroed)
+            chunk = _pinned(root)
         elif chunk is None:
             chunk = yield from self.alloc_chunk_with_splits(thread, pages, evict)
         return chunk
@@ -114,9 +124,7 @@ class Pmm:
             free = self.free_zeroed or self.free_dirty
             if not free:
                 return None
-            root = free.pop(0)
-            root.pins += 1
-            return Chunk(root, 0, BLOCK_PAGES, zeroed=root.zeroed)
+            return _pinned(free.pop(0))
         if not self.splits[pages]:
             return None
         chunk = self.splits[pages].pop(0)
@@ -133,10 +141,9 @@ class Pmm:
                 chunk = self.claim_free_chunk(thread, larger)
         if chunk is None:
             root = yield from self.alloc_or_evict_root_chunk(thread, evict)
-            root.pins += 1
-            chunk = Chunk(root, 0, BLOCK_PAGES, zeroed=root.zeroed)
+            chunk = _pinned(root)
         for size in (BIG_PAGES, 1):
-            if pages <= size < chunk.pages:
+            if chunk is not None and pages <= size < chunk.pages:
                 chunk = self.split_gpu_chunk(thread, chunk, size)
         return chunk
 
@@ -157,14 +164,12 @@ class Pmm:
 
     @waiting_step
     def alloc_or_evict_root_chunk(self, thread: Thread, evict: bool) -> Wait:
-        """A new root chunk from PMA, or one that eviction frees (uvm_pmm_gpu.c)."""
+        """A new root chunk from PMA, or one that eviction frees, or None (uvm_pmm_gpu.c)."""
         return (yield from self._root_chunk(thread, evict))
 
     def _root_chunk(self, thread: Thread, evict: bool) -> Wait:
         root = self.alloc_root_chunk(thread)
-        if root is None:
-            if not evict:
-                raise DriverError(errno.ENOMEM, "NV_ERR_NO_MEMORY", "alloc_or_evict_root_chunk", "GPU memory is full")
+        if root is None and evict:
             root = yield from self.pick_and_evict_root_chunk_retry(thread)
         return root
 
@@ -237,6 +242,8 @@ class Pmm:
 
     def _take_pieces(self, root: RootChunk) -> list[Chunk]:
         """Take the free pieces of a split root chunk off the free lists and return them."""
+        if not any(self.splits.values()):
+            return []
         taken = [piece for free in self.splits.values() for piece in free if piece.root is root]
         for size, free in self.splits.items():
             self.splits[size] = [piece for piece in free if piece.root is not root]
@@ -269,6 +276,9 @@ class Pmm:
     def mark_used(self, root: RootChunk) -> None:
         """uvm_pmm_gpu_mark_root_chunk_used: append to the used list."""
         if root.pins or root.in_eviction:
+            return
+        if root in self.used:
+            self.used.move_to_end(root)
             return
         self._unlist(root)
         self.used[root] = None

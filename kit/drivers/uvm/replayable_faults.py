@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 
+import numpy as np
+from simpy import Event
+
+from kit.drivers.uvm.cancel import cancel_fault_batch, cancel_faults_precise
 from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, flush, preprocess_fault_batch
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.perf_thrashing import PIN, THROTTLE, uvm_perf_thrashing_get_hint
@@ -13,9 +17,6 @@ from kit.drivers.uvm.types import (
     PAGE,
     PREFETCH,
     READ,
-    READ_ONLY,
-    READ_WRITE,
-    READ_WRITE_ATOMIC,
     REQUIRED_PROT,
     MoreProcessingRequired,
     VaBlock,
@@ -24,7 +25,7 @@ from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
 from kit.drivers.uvm.va_space import uvm_va_block_find_create_in_range
 from kit.errors import DriverError
-from kit.memory.pagemask import from_pages, pages_of
+from kit.memory.pagemask import pages_of
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -36,6 +37,7 @@ __all__ = [
 
 BLOCK, BATCH, BATCH_FLUSH, ONCE = range(4)
 NEEDED: list[int] = REQUIRED_PROT.tolist()
+MANY = 32  # faults from which on arrays are faster than a loop
 DEEP_IDLE = 600.0  # microseconds without work before a CPU is let into C6 (Linux intel_idle.c, server cores)
 
 
@@ -53,7 +55,7 @@ def start_bottom_half(gpu: Gpu) -> None:
         busy_until = 0.0
         while True:
             yield pending[0]
-            pending[0] = engine.env.event()
+            pending[0] = Event(engine.env)
             while buffer.get != buffer.put:
                 thread.now = max(engine.now, buffer.first_time)
                 thread.charge(gpu.costs.interrupt)
@@ -81,8 +83,6 @@ def replayable_faults_isr_bottom_half(gpu: Gpu, thread: Thread) -> Wait:
 @waiting_step
 def uvm_parent_gpu_service_replayable_faults(gpu: Gpu, thread: Thread) -> Wait:
     """Batch after batch until the buffer is empty or a limit is reached (uvm_gpu_replayable_faults.c)."""
-    from kit.drivers.uvm.cancel import cancel_fault_batch, cancel_faults_precise
-
     module = gpu.module
     batches = throttled = replays = 0
     while throttled < module.fault_max_throttle_per_service and batches < module.fault_max_batches_per_service:
@@ -91,7 +91,11 @@ def uvm_parent_gpu_service_replayable_faults(gpu: Gpu, thread: Thread) -> Wait:
         if not batch.num_cached:
             break
         preprocess_fault_batch(gpu, thread, batch)
-        enough = yield from _memory_sufficed(service_fault_batch(gpu, thread, batch))
+        enough = True
+        try:
+            yield from service_fault_batch(gpu, thread, batch)
+        except DriverError as error:
+            enough = _is_memory_left(error)
         report_group(gpu, thread, batch)
         replays += batch.num_replays
         enable_disable_prefetch_faults(gpu, thread, batch)
@@ -101,7 +105,10 @@ def uvm_parent_gpu_service_replayable_faults(gpu: Gpu, thread: Thread) -> Wait:
         batches += 1
         if batch.fatal:
             thread.now = max(thread.now, batch.tracker)
-            if not (yield from _memory_sufficed(cancel_faults_precise(gpu, thread, batch))):
+            try:
+                yield from cancel_faults_precise(gpu, thread, batch)
+            except DriverError as error:
+                _is_memory_left(error)
                 break
             continue
         if module.fault_replay_policy == BATCH:
@@ -117,22 +124,18 @@ def uvm_parent_gpu_service_replayable_faults(gpu: Gpu, thread: Thread) -> Wait:
         push_replay_on_parent_gpu(gpu, thread, FaultBatch())
 
 
-def _memory_sufficed(work: Wait) -> Wait:
-    """Do `work`; return whether memory sufficed. Any other failure is not the GPU's."""
-    try:
-        yield from work
-    except DriverError as error:
-        if error.status != "NV_ERR_NO_MEMORY":
-            raise
-        return False
-    return True
+def _is_memory_left(error: DriverError) -> bool:
+    """Return False for want of memory; any other failure is not the GPU's."""
+    if error.status != "NV_ERR_NO_MEMORY":
+        raise error
+    return False
 
 
 @waiting_step
 def service_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch, cancel: bool = False) -> Wait:
     """Serve the sorted faults block by block (uvm_gpu_replayable_faults.c)."""
-    at = 0
-    while at < len(batch):
+    at, count = 0, len(batch.page)
+    while at < count:
         if batch.fatal_type[at]:
             batch.fatal[batch.page[at]] = "InvalidFaultType"
             at += 1
@@ -194,17 +197,21 @@ def service_fault_batch_block_locked(
 ) -> Wait:
     """Policy for every faulting page, then one service operation (uvm_gpu_replayable_faults.c)."""
     context.reset()
-    strongest = _strongest(batch, start, end)
-    distinct, instances = len(strongest), sum(batch.instances[start:end])
-    thread.note(va=block.va, pages=distinct, value=instances)
+    if not context.num_retries:
+        context.strongest = _strongest(batch, block, start, end)
+        context.distinct = sum(map(int.bit_count, context.strongest.values()))
+        context.instances = end - start if batch.ascending is not None else sum(batch.instances[start:end])
+    strongest, distinct = context.strongest, context.distinct
+    thread.note(block.va, distinct, value=context.instances)
     thread.charge(distinct * gpu.costs.service_fault)
     if not context.num_retries:
-        update_batch_and_notify_fault(gpu, thread, batch, instances - distinct)
-    _wanted(context, block, check_fault_access_permissions(gpu, thread, batch, block, strongest))
+        update_batch_and_notify_fault(gpu, thread, batch, context.instances - distinct)
     rights = block.pte[GPU]
-    for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
-        context.wanted[prot] &= ~rights[prot]  # the GPU already has the right: spurious
-        context.faulted |= context.wanted[prot]
+    for access, pages in check_fault_access_permissions(gpu, thread, batch, block, strongest).items():
+        prot = NEEDED[access]
+        pages &= ~rights[prot]  # where the GPU already has the right the fault is spurious
+        context.wanted[prot] |= pages
+        context.faulted |= pages
     if block.thrashing is not None and block.thrashing.page is not None:
         _thrashing_hints(gpu, thread, batch, block, context)
     if not context.faulted:
@@ -215,16 +222,25 @@ def service_fault_batch_block_locked(
         batch.copies_end = max(batch.copies_end, context.block_context.copies_end)
 
 
-def _strongest(batch: FaultBatch, start: int, end: int) -> dict[int, int]:
-    """Return the strongest access on each page, which is the first of its faults."""
-    return dict(zip(reversed(batch.page[start:end]), reversed(batch.access[start:end]), strict=True))
-
-
-def _wanted(context: ServiceContext, block: VaBlock, strongest: dict[int, int]) -> None:
-    """Sort faulting pages by the right that their strongest access needs."""
-    for access in set(strongest.values()):
-        mask = from_pages([page - block.first for page, kind in strongest.items() if kind == access])
-        context.wanted[NEEDED[access]] |= mask
+def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[int, int]:
+    """Return access type -> faulting pages for which it is the strongest, which is the first fault of each page."""
+    first = block.first
+    if end - start == 1:
+        return {batch.access[start]: 1 << batch.page[start] - first}
+    if end - start >= MANY and batch.ascending is not None:
+        pages, kinds = batch.ascending
+        marks = np.zeros((len(ACCESS_NAMES), block.pages), dtype=bool)
+        marks[kinds[start:end], pages[start:end] - first] = True
+        packed = enumerate(np.packbits(marks, axis=1, bitorder="little"))
+        found = {kind: int.from_bytes(bits.tobytes(), "little") for kind, bits in packed}
+        return {kind: mask for kind, mask in found.items() if mask}
+    strongest: dict[int, int] = {}
+    before = -1
+    for page, kind in zip(batch.page[start:end], batch.access[start:end], strict=True):
+        if page != before:
+            before = page
+            strongest[kind] = strongest.get(kind, 0) | 1 << page - first
+    return strongest
 
 
 def _thrashing_hints(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext) -> None:
@@ -237,8 +253,7 @@ def _thrashing_hints(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock
         if hint.type == THROTTLE:
             batch.has_throttled = True
             context.faulted &= ~(1 << index)
-            for prot in context.wanted:
-                context.wanted[prot] &= ~(1 << index)
+            context.wanted = [pages & ~(1 << index) for pages in context.wanted]
         elif hint.type == PIN:
             context.pinned[index] = hint.residency
 
@@ -253,11 +268,17 @@ def update_batch_and_notify_fault(gpu: Gpu, thread: Thread, batch: FaultBatch, d
 def check_fault_access_permissions(
     gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, strongest: dict[int, int]
 ) -> dict[int, int]:
-    """Return which faults may be served; a write to a read-only area is fatal (uvm_gpu_replayable_faults.c)."""
+    """Return which faults may be served; a write to a read-only area is fatal (uvm_gpu_replayable_faults.c).
+
+    Like `strongest`, a dict of access types and the pages that they are about.
+    """
     if block.range.vma.prot & 2:
         return strongest
-    batch.fatal.update({page: "InvalidPermissions" for page, access in reversed(strongest.items()) if access > READ})
-    return {page: access for page, access in strongest.items() if access <= READ}
+    fatal = 0
+    for access, pages in strongest.items():
+        fatal |= pages if access > READ else 0
+    batch.fatal.update(dict.fromkeys((block.first + pages_of(fatal)).tolist(), "InvalidPermissions"))
+    return {access: pages for access, pages in strongest.items() if access <= READ}
 
 
 def report_group(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
@@ -265,11 +286,13 @@ def report_group(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
 
     With the first drivers that had such records they end with the bottom half's work.
     """
-    page = batch.page[0]
+    page, distinct = batch.page[0], len(batch.page)
     same = bisect_right(batch.page, page)
+    if batch.ascending is None and distinct > 1:
+        distinct = len(set(batch.page))
     end = (batch.copies_end or max(thread.now, batch.tracker)) if gpu.group_has_copies else thread.now
     thread.engine.trace.span(
-        "UvmEventTypeGpuFault", "gpu", batch.first_time, end, va=page * PAGE, pages=len(set(batch.page)),
+        "UvmEventTypeGpuFault", "gpu", batch.first_time, end, va=page * PAGE, pages=distinct,
         cause=ACCESS_NAMES[batch.access[0]], value=sum(batch.instances[:same]),
     )  # fmt: skip
 

@@ -51,6 +51,11 @@ class Kernel(Protocol):
     name: str
 
     @property
+    def blocked(self) -> bool:
+        """Something waits for a replay, and nothing can run before it."""
+        ...
+
+    @property
     def done(self) -> bool:
         """Nothing is left to run."""
         ...
@@ -115,8 +120,9 @@ class StreamKernel:
         self.name, self.slots, self.pages, self.access = name, slots, pages, access
         self.need = np.where(slots < 0, NEVER, need)
         self.lanes, self.utlbs = lanes, utlbs
-        self.touch_us, self.pause_us = touch_us / lanes, pause_us
-        self.position = 0
+        self.utlb = np.resize(np.arange(lanes, dtype=np.int32) % utlbs, len(slots))  # access after access, lane by lane
+        self.cost_us = touch_us / lanes + pause_us
+        self.position, self.count = 0, len(slots)
         self.waiting = np.zeros(0, dtype=np.int64)
         self.window = 4 * lanes
         self.write_at = np.flatnonzero(need > 1)  # accesses that write, their slots, and how many of them are behind
@@ -130,9 +136,15 @@ class StreamKernel:
         return len(self.waiting)
 
     @property
+    def blocked(self) -> bool:
+        """See `Kernel.blocked`."""
+        waiting = len(self.waiting)
+        return waiting == self.lanes or (waiting > 0 and self.position == self.count)
+
+    @property
     def done(self) -> bool:
         """Every access has been made."""
-        return self.position == len(self.slots) and not len(self.waiting)
+        return self.position == self.count and not len(self.waiting)
 
     def advance(
         self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool
@@ -145,7 +157,7 @@ class StreamKernel:
             again = len(self.waiting)
             if again:
                 missed.append(self.waiting)
-        while self.position < len(self.slots) and len(self.waiting) < self.lanes and spent < horizon:
+        while self.position < self.count and len(self.waiting) < self.lanes and spent < horizon:
             spent += self._run_window(rights, content, missed)
         if not missed:
             return spent, None
@@ -153,42 +165,39 @@ class StreamKernel:
 
     def _retry(self, rights: NDArray[np.uint8], content: Content) -> float:
         """Let stalled accesses try again; return the time of those that go through."""
-        if len(self.waiting) == 1:
-            return self._retry_one(int(self.waiting[0]), rights, content)
         at = self.waiting
-        hit = rights[self.slots[at]] >= self.need[at]
-        done, self.waiting = (at, at[:0]) if hit.all() else (at[hit], at[~hit])
-        content.write(self.slots[done[self.need[done] > 1]])
-        return len(done) * (self.touch_us + self.pause_us)
-
-    def _retry_one(self, at: int, rights: NDArray[np.uint8], content: Content) -> float:
-        if rights[self.slots[at]] < self.need[at]:
-            return 0.0
-        if self.need[at] > 1:
-            content.write(self.slots[at : at + 1])
-        self.waiting = self.waiting[:0]
-        return self.touch_us + self.pause_us
+        slots, need = self.slots[at], self.need[at]
+        hit = rights[slots] >= need
+        self.waiting = at[~hit]
+        content.write(slots[hit & (need > 1)])
+        return (len(at) - len(self.waiting)) * self.cost_us
 
     def _run_window(self, rights: NDArray[np.uint8], content: Content, fresh: list[NDArray[np.int64]]) -> float:
         """Touch the next window of the stream, up to as many misses as lanes are free; return the time."""
-        start = self.position
-        stop = min(start + self.window, len(self.slots))
-        miss = rights[self.slots[start:stop]] < self.need[start:stop]
-        at = miss.nonzero()[0][: self.lanes - len(self.waiting)]
-        missed = len(at) > 0
-        if not missed:
+        start, free = self.position, self.lanes - len(self.waiting)
+        stop = min(start + self.window, self.count)
+        miss = self._missing(rights, start, min(start + free, stop))
+        if len(miss) < stop - start and not miss.all():  # else the first ones take all free lanes
+            miss = self._missing(rights, start, stop)
+        if not miss.any():
             self.window = min(2 * self.window, 1 << 18)
-        else:
-            at += start
-            if len(at) == self.lanes - len(self.waiting):
-                stop = int(at[-1]) + 1
-            self.window = max(4 * self.lanes, 64)
-            fresh.append(at)
-            at = at if self.prefetch is None else at[~self.prefetch[at]]
-            self.waiting = np.concatenate([self.waiting, at]) if len(self.waiting) else at
-        self._write(stop, start, miss if missed else None, content)
+            self._write(stop, start, None, content)
+            self.position = stop
+            return (stop - start) * self.cost_us
+        self.window = max(4 * self.lanes, 64)
+        at = miss.nonzero()[0][:free] + start
+        if len(at) == free:
+            stop = int(at[-1]) + 1
+        fresh.append(at)
+        at = at if self.prefetch is None else at[~self.prefetch[at]]
+        self.waiting = np.concatenate([self.waiting, at]) if len(self.waiting) else at
+        self._write(stop, start, miss, content)
         self.position = stop
-        return (stop - start - len(at)) * (self.touch_us + self.pause_us)
+        return (stop - start - len(at)) * self.cost_us
+
+    def _missing(self, rights: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.bool_]:
+        """Return which accesses from `start` on, before `stop`, have not the right that they need."""
+        return np.asarray(rights[self.slots[start:stop]] < self.need[start:stop])
 
     def _write(self, stop: int, start: int, miss: NDArray[np.bool_] | None, content: Content) -> None:
         """Accesses before `stop` have been made, less those that missed in the window from `start`."""
@@ -203,11 +212,7 @@ class StreamKernel:
     def _faults(self, missed: NDArray[np.int64], again: int, spent: float) -> Misses:
         """Merge misses of one uTLB on one page with the same access; those that tried again come first."""
         prefetches = self.prefetch is not None
-        if len(missed) == 1:
-            at = int(missed[0])
-            page, access, utlb = int(self.pages[at]), int(self.access[at]), at % self.lanes % self.utlbs
-            return Misses([page], [access], [utlb], [0.0 if again else spent], prefetches)
-        utlbs, pages = (missed % self.lanes) % self.utlbs, self.pages[missed]
+        utlbs, pages = self.utlb[missed], self.pages[missed]
         delay = np.zeros(len(missed))
         delay[again:] = spent
         if (pages[1:] > pages[:-1]).all():  # each page once: nothing to merge
@@ -246,19 +251,24 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
             if kernel.cancel(set(gpu.cancelled), bool(gpu.cancelled_all)):
                 killed = reason
                 break
-        retry, replays = replays != gpu.replays, gpu.replays
-        quiet = alone and not kernel.stalled and gpu.fault_buffer.get == gpu.fault_buffer.put
+        retry, replays, stalled = replays != gpu.replays, gpu.replays, kernel.stalled
+        quiet = alone and not stalled and gpu.fault_buffer.get == gpu.fault_buffer.put
         horizon = FOREVER if quiet else HORIZON
         spent, misses = kernel.advance(gpu.table.rights, va_space.content, horizon, retry)
         if misses is not None:
             _fault(gpu, misses)
-        if spent:
+        # When all that stalls has missed at the end of this run, nothing can concern the kernel before a replay.
+        at_end = misses is not None and misses.delay[0] >= spent and (retry or not stalled)
+        if spent and not (at_end and kernel.blocked):
             yield from engine.pause(spent)
         elif not kernel.done:
-            stall = engine.now
+            stall = engine.now + spent
             if replays == gpu.replays:
                 yield gpu.replay_event
-            trace.span("gpu_stall", "gpu", stall, engine.now, value=kernel.stalled)
+            if engine.now < stall:
+                yield engine.env.at(stall)
+            else:
+                trace.span("gpu_stall", "gpu", stall, engine.now, value=kernel.stalled)
     gpu.cancelled.clear()
     gpu.cancelled_all = ""
     status = f"killed: {killed}" if killed else "ok"

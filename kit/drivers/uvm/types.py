@@ -125,21 +125,23 @@ class VaBlock:
     def frames_at(self, processor: int, at: slice | NDArray[np.generic]) -> slice | NDArray[np.int32]:
         """Return the frames of the pages that `at` picks: a slice when they are known to be contiguous."""
         if isinstance(at, slice):
-            base = self._base(processor)
+            base = self.base(processor)
             if base >= 0:
                 return slice(base + at.start, base + at.stop)
         return self.frames[processor][at]
 
-    def _base(self, processor: int) -> int:
+    def base(self, processor: int) -> int:
         """Return the frame of the first page when one chunk backs the whole block at `processor`, else -1."""
         if processor == GPU:
             chunk = self.gpu_chunks.get(0)
             return chunk.frame if chunk is not None and chunk.pages == self.pages else -1
-        frame, pages, _ = self.cpu_chunks.get(0, (-1, 0, 0))
-        return frame if pages == self.pages else -1
+        held = self.cpu_chunks.get(0)
+        return held[0] if held is not None and held[1] == self.pages else -1
 
     def populated(self, processor: int) -> int:
         """Return the mask of pages for which memory is held at `processor`."""
+        if self.base(processor) >= 0:
+            return self.all_pages
         return from_bools(self.frames[processor] >= 0)
 
 
@@ -150,6 +152,11 @@ class VaSpace:
         self.engine, self.module, self.mm, self.host, self.gpu = engine, module, mm, host, gpu
         gpu.va_space = self
         self.content = Content()
+        # Processors whose atomics on a location are not native: a promotion would take rights from them.
+        self.contenders = tuple(
+            tuple(p for p in (CPU, GPU) if not self.native_atomics(p, at) and (p == CPU or gpu.hal.replayable_faults))
+            for at in (CPU, GPU)
+        )
         self.ranges: list[VaRange] = []
         self.worker = engine.thread("uvm worker")
 

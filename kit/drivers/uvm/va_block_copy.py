@@ -9,7 +9,7 @@ import numpy as np
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
-from kit.memory.pagemask import bools, from_pages, runs, selection
+from kit.memory.pagemask import bools, from_pages, pieces, run_of, selection
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -28,8 +28,9 @@ def block_copy_resident_pages(
     leaving = mask & ~block.resident[dest] & block.resident[1 - dest]
     if leaving:
         block_settle(block, 1 - dest, leaving)
-    if leaving & ~block.discarded:
-        block_copy_resident_pages_mask(block, thread, context, leaving & ~block.discarded, prefetched, duplicate)
+        leaving &= ~block.discarded
+    if leaving:
+        block_copy_resident_pages_mask(block, thread, context, leaving, prefetched, duplicate)
 
 
 @step
@@ -56,30 +57,31 @@ def block_copy_resident_pages_between(
     va_space = block.range.va_space
     gpu, trace = va_space.gpu, thread.engine.trace
     dest, source = context.dest, 1 - context.dest
-    clean = mask & block.clean if source == CPU and not gpu.hal.replayable_faults else 0
-    mask &= ~clean
-    if not mask:
-        return
+    if source == CPU and not gpu.hal.replayable_faults:
+        mask &= ~block.clean
+        if not mask:
+            return
     cause = TOOLS_CAUSE[context.cause]
-    copies = [(block.first + first, count, cause) for first, count in runs(mask & ~prefetched)]
-    if mask & prefetched:
-        copies += [(block.first + first, count, "prefetch") for first, count in runs(mask & prefetched)]
-        copies.sort()
-    curve, channel, actor = (
-        (gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD") if dest == GPU else (gpu.copy_dtoh, gpu.gpu_to_cpu, "copy DtoH")
-    )
-    durations = [curve(count * PAGE) for _, count, _ in copies]
+    first, counts, ahead = pieces(mask, prefetched, block.first)
+    causes = list(map((cause, "prefetch").__getitem__, ahead))
+    if dest == GPU:
+        curve, channel, actor = gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD"
+    else:
+        curve, channel, actor = gpu.copy_dtoh, gpu.gpu_to_cpu, "copy DtoH"
+    durations = list(map(curve.of_pages.__getitem__, counts))
     # One command a copy when both sides hold the block in a single chunk, else one a page (section 7.1).
-    whole = block.whole and 0 in block.cpu_chunks and block.cpu_chunks[0][2] == BLOCK_PAGES
+    chunk = block.cpu_chunks.get(0)
+    whole = chunk is not None and chunk[2] == BLOCK_PAGES == block.pages
     pages = mask.bit_count()
-    thread.charge(gpu.costs.push + (len(copies) if whole else pages) * gpu.costs.copy_command)
-    thread.note(va=block.va, pages=pages, bytes=pages * PAGE, cause=cause)
+    thread.charge(gpu.costs.push + (len(counts) if whole else pages) * gpu.costs.copy_command)
+    thread.note(block.va, pages, bytes=pages * PAGE, cause=cause)
     start, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
     times = list(accumulate(durations, initial=start))
     src, dst = 1 << source, 1 << dest
-    trace.copied("UvmEventTypeMigration", actor, thread.row, times, copies, src, src if duplicate else dst)
-    pools, moved = (va_space.host, gpu.frames), selection(mask, block.pages)
-    pools[dest].payload[block.frames_at(dest, moved)] = pools[source].payload[block.frames_at(source, moved)]
+    trace.copied(
+        "UvmEventTypeMigration", actor, thread.row, times, first, counts, causes, src, src if duplicate else dst
+    )
+    _copy(block, dest, mask)
     context.did_copy, context.copies_end = True, times[-1]
     context.pages_changed_residency |= mask
     context.pages_copied |= mask
@@ -88,20 +90,37 @@ def block_copy_resident_pages_between(
     thrashing_notify_migration(block, thread, mask, dest, context.cause)
 
 
+def _copy(block: VaBlock, dest: int, mask: int) -> None:
+    """Copy the content of the pages of `mask` to `dest`."""
+    va_space, moved = block.range.va_space, selection(mask, block.pages)
+    pools = (va_space.host.payload, va_space.gpu.frames.payload)
+    there, here = block.base(dest), block.base(1 - dest)
+    if there < 0 or here < 0:
+        pools[dest][block.frames_at(dest, moved)] = pools[1 - dest][block.frames_at(1 - dest, moved)]
+    elif isinstance(moved, slice):
+        first, stop = moved.start, moved.stop
+        pools[dest][there + first : there + stop] = pools[1 - dest][here + first : here + stop]
+    else:
+        to, source = (pool[base : base + block.pages] for pool, base in ((pools[dest], there), (pools[1 - dest], here)))
+        np.copyto(to, source, where=moved[:, None])
+
+
 def block_settle(block: VaBlock, processor: int, mask: int) -> None:
     """Bring the program's writes to the pages of `mask` into the frames that hold them at `processor`."""
     va_space = block.range.va_space
     content, slot = va_space.content, block.slot[GPU]
-    dirty, moved = content.dirty[slot : slot + block.pages], selection(mask, block.pages)
-    written = np.count_nonzero(dirty[moved])
+    run = run_of(mask)
+    first, stop = (slot + run.start, slot + run.stop) if run is not None else (slot, slot + block.pages)
+    written = content.marks.count(1, first, stop)
     if not written:
         return
     pool = (va_space.host, va_space.gpu.frames)[processor]
-    if isinstance(moved, slice) and written == moved.stop - moved.start:
+    if run is not None and written == stop - first:
         block.clean &= ~mask
-        content.settle(slice(slot + moved.start, slot + moved.stop), pool, block.frames_at(processor, moved))
+        content.settle(slice(first, stop), pool, block.frames_at(processor, run))
         return
-    pages = (dirty & bools(mask, block.pages)).nonzero()[0]
+    pages = (content.dirty[slot : slot + block.pages] & bools(mask, block.pages)).nonzero()[0]
     if block.clean:
         block.clean &= ~from_pages(pages)
-    content.settle(slot + pages, pool, block.frames[processor][pages])
+    if len(pages):
+        content.settle(slot + pages, pool, block.frames[processor][pages])

@@ -26,7 +26,7 @@ def uvm_va_block_evict_chunks(block: VaBlock, thread: Thread, root: RootChunk) -
     for chunk in chunks:
         pages |= region(chunk.page_index, chunk.pages)
     pages &= block.resident[GPU]
-    thread.note(va=block.va, pages=pages.bit_count())
+    thread.note(block.va, pages.bit_count())
     if pages:
         context = BlockContext()
         yield from uvm_va_block_make_resident(block, thread, context, CPU, pages, 0, "eviction")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_revocation
 from kit.drivers.uvm.types import (
@@ -16,7 +18,7 @@ from kit.drivers.uvm.types import (
     VaBlock,
     VaSpace,
 )
-from kit.memory.pagemask import region, runs
+from kit.memory.pagemask import runs, selection
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -24,6 +26,9 @@ __all__ = [
     "uvm_va_block_add_mappings", "uvm_va_block_add_mappings_after_migration", "uvm_va_block_map",
     "uvm_va_block_revoke_prot", "uvm_va_block_revoke_prot_mask", "uvm_va_block_unmap", "uvm_va_block_unmap_mask",
 ]  # fmt: skip
+
+
+_BIG_STARTS = sum(1 << at for at in range(0, BLOCK_PAGES, BIG_PAGES))
 
 
 @step
@@ -40,10 +45,11 @@ def uvm_va_block_unmap(block: VaBlock, thread: Thread, processor: int, mask: int
     mask &= block.pte[processor][READ_ONLY]
     if not mask:
         return
-    thread.note(va=block.va, pages=mask.bit_count())
+    thread.note(block.va, mask.bit_count())
     (block_unmap_cpu if processor == CPU else block_unmap_gpu)(block, thread, mask)
+    rights, kept = block.pte[processor], ~mask
     for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
-        block.pte[processor][prot] &= ~mask
+        rights[prot] &= kept
 
 
 @step
@@ -79,21 +85,21 @@ def uvm_va_block_map(
     """Give `processor` at least right `prot` on pages of `mask` that have a copy it can reach (uvm_va_block.c)."""
     if processor == CPU and prot == READ_WRITE:
         prot = READ_WRITE_ATOMIC  # a CPU entry that may be written allows its atomics too
-    mask &= ~block.pte[processor][prot]
-    mask &= block.resident[CPU] if processor == CPU else block.resident[CPU] | block.resident[GPU]
+    rights, resident = block.pte[processor], block.resident
+    mask &= ~rights[prot] & (resident[CPU] if processor == CPU else resident[CPU] | resident[GPU])
     if not mask:
         return
-    thread.note(va=block.va, pages=mask.bit_count())
+    thread.note(block.va, mask.bit_count())
     if processor == CPU:
         block_map_cpu_to(block, thread, mask, prot)
     else:
-        local = mask & block.resident[GPU]
+        local = mask & resident[GPU]
         if local:
             block_map_gpu_to(block, thread, GPU, local, prot, cause)
-        if mask & ~local:
+        if mask != local:
             block_map_gpu_to(block, thread, CPU, mask & ~local, prot, cause)
     for at_most in range(READ_ONLY, prot + 1):
-        block.pte[processor][at_most] |= mask
+        rights[at_most] |= mask
 
 
 @step
@@ -141,7 +147,7 @@ def uvm_va_block_revoke_prot(block: VaBlock, thread: Thread, processor: int, mas
     mask &= block.pte[processor][prot]
     if not mask:
         return
-    thread.note(va=block.va, pages=mask.bit_count())
+    thread.note(block.va, mask.bit_count())
     if processor == CPU:
         block_revoke_cpu_write(block, thread, mask)
     else:
@@ -229,13 +235,16 @@ def uvm_va_block_add_mappings(block: VaBlock, thread: Thread, mask: int, process
 
 def _write_ptes(block: VaBlock, gpu: Gpu, mask: int, prot: int, location: int = GPU) -> int:
     """Update the GPU's table and return how many entries of which size had to be written."""
-    table, slot = gpu.table, block.slot[GPU]
-    for first, count in runs(mask):
+    table, at, slot = gpu.table, selection(mask, block.pages), block.slot[GPU]
+    if isinstance(at, slice):
+        entries = slice(slot + at.start, slot + at.stop)
+        table.rights[entries] = prot
         if prot:
-            frames = block.frames[location]
-            table.map(slot + first, count, frames[first : first + count], prot)
-        else:
-            table.unmap(slot + first, count)
+            table.frame[entries] = block.frames[location][at]
+    else:
+        table.window(slot, block.pages)[at] = prot
+        if prot:
+            np.copyto(table.frame[slot : slot + block.pages], block.frames[location], where=at)
     return _pte_sizes(block, mask, prot, location)
 
 
@@ -254,16 +263,21 @@ def _pte_sizes(block: VaBlock, mask: int, prot: int, location: int) -> int:
     if block.pte_2m:
         block.pte_2m, block.big_ptes = False, 0
         writes += BLOCK_PAGES // BIG_PAGES
-    lead = -block.first % BIG_PAGES
-    for first, count in runs(mask):
-        low = first + (-(first - lead) % BIG_PAGES)
-        high = first + count - (first + count - lead) % BIG_PAGES
-        if low < high and not block.cancel_4k and (single or location == GPU):
-            writes += (high - low) // BIG_PAGES + (count - (high - low))
-            block.big_ptes |= region(low, high - low)
-        else:
-            writes += count
-    return writes
+    if (single or location == GPU) and not block.cancel_4k:
+        big = _big_pages(mask, -block.first % BIG_PAGES)
+        block.big_ptes |= big
+        writes -= big.bit_count() // BIG_PAGES * (BIG_PAGES - 1)
+    return writes + mask.bit_count()
+
+
+def _big_pages(mask: int, lead: int) -> int:
+    """Return the pages of a mask that make whole 64 KiB pages; the first of these starts at page `lead`."""
+    found = mask & mask >> 1  # followed by one more page of the mask, then by three, seven, fifteen
+    found &= found >> 2
+    found &= found >> 4
+    found &= found >> 8
+    found &= _BIG_STARTS << lead
+    return (found << BIG_PAGES) - found
 
 
 def _single_chunk(block: VaBlock, location: int) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kit.drivers.uvm.pmm_gpu import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, MoreProcessingRequired, VaBlock
-from kit.errors import DriverError
 from kit.memory.pagemask import first_page, region, runs
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 __all__ = ["BlockContext", "block_populate_pages", "uvm_va_block_gpu_state_get_alloc", "uvm_va_block_retry_deinit"]
 
 
-@dataclass(slots=True)
 class BlockContext:
     """State of one block operation: chunks of a retry, and what the last make-resident did."""
 
-    dest: int = CPU
-    cause: str = "fault"
-    pages_changed_residency: int = 0
-    did_copy: bool = False
-    pages_copied: int = 0
-    copies_end: float = 0.0
-    free_chunks: list[Chunk] = field(default_factory=list)
-    used_chunks: list[Chunk] = field(default_factory=list)
+    dest = CPU
+    cause = "fault"
+    pages_changed_residency = 0
+    did_copy = False
+    pages_copied = 0
+    copies_end = 0.0
+
+    def __init__(self) -> None:
+        self.free_chunks: list[Chunk] = []
+        self.used_chunks: list[Chunk] = []
 
 
 @step
@@ -40,7 +41,8 @@ def uvm_va_block_retry_deinit(context: BlockContext, thread: Thread, gpu: Gpu) -
     for chunk in context.free_chunks:
         chunk.root.pins -= 1
         gpu.pmm.free(thread, chunk)
-    context.used_chunks, context.free_chunks = [], []
+    context.used_chunks.clear()
+    context.free_chunks.clear()
 
 
 @waiting_step
@@ -74,7 +76,7 @@ def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: int) -> Non
         if region(first, count) & ~(block.resident[CPU] | block.resident[GPU]):
             va_space.host.zero(slice(frame, frame + count))
             thread.charge(count * costs.cpu_zero_page)
-        frames[first : first + count] = range(frame, frame + count)
+        frames[first : first + count] = np.arange(frame, frame + count)
         block.cpu_chunks[first] = (frame, count, each)
         held |= region(first, count)
         todo &= ~held
@@ -141,9 +143,9 @@ def block_populate_gpu_chunk(block: VaBlock, thread: Thread, context: BlockConte
     block.tracker = max(block.tracker, chunk.root.tracker)
     block_zero_new_gpu_chunk(block, thread, chunk, first)
     gpu.pmm.own(chunk, block, first)
-    block.gpu_chunks[first] = chunk
-    block.frames[GPU][first : first + pages] = range(chunk.frame, chunk.frame + pages)
-    gpu.frames.ensure(chunk.frame + pages)
+    block.gpu_chunks[first], frame = chunk, chunk.frame
+    block.frames[GPU][first : first + pages] = np.arange(frame, frame + pages)
+    gpu.frames.ensure(frame + pages)
     context.used_chunks.append(chunk)
 
 
@@ -160,11 +162,9 @@ def block_alloc_gpu_chunk(block: VaBlock, thread: Thread, context: BlockContext,
         if kept.pages == pages:
             return context.free_chunks.pop(index)
     pmm = block.range.va_space.gpu.pmm
-    try:
-        return (yield from pmm.uvm_pmm_gpu_alloc_user(thread, pages, evict=False))
-    except DriverError as error:
-        if error.status != "NV_ERR_NO_MEMORY":
-            raise
+    chunk = yield from pmm.uvm_pmm_gpu_alloc_user(thread, pages, evict=False)
+    if chunk is not None:
+        return chunk
     yield from block.lock.release(thread)
     try:
         chunk = yield from pmm.uvm_pmm_gpu_alloc_user(thread, pages, evict=True)

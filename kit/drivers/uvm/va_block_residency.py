@@ -30,14 +30,14 @@ def uvm_va_block_make_resident_copy(
     block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
 ) -> Wait:
     """Unmap what must move, populate the destination, copy (uvm_va_block.c)."""
-    thread.note(va=block.va, pages=mask.bit_count())
+    thread.note(block.va, mask.bit_count())
     context.dest, context.cause, context.pages_copied = dest, cause, 0
     block_resident_mask_get_alloc(block, thread, dest)
     mappers = _mappers(block)
     uvm_va_block_unmap_mask(block, thread, mappers, mask & ~block.resident[dest])
     duplicates = mask & block.read_duplicated
-    uvm_va_block_unmap_mask(block, thread, tuple(p for p in mappers if p != dest), duplicates)
-    for first, count in runs(duplicates):
+    uvm_va_block_unmap_mask(block, thread, (1 - dest,) if 1 - dest in mappers else (), duplicates)
+    for first, count in runs(duplicates) if duplicates else ():
         thread.engine.trace.span(
             "UvmEventTypeReadDuplicateInvalidate", "gpu", thread.now, thread.now, parent=thread.row,
             va=block.va + first * PAGE, pages=count, bytes=count * PAGE,
@@ -58,7 +58,7 @@ def uvm_va_block_make_resident_read_duplicate(
     block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
 ) -> Wait:
     """Give the destination a copy of its own; everybody is left with read rights (uvm_va_block.c)."""
-    thread.note(va=block.va, pages=mask.bit_count())
+    thread.note(block.va, mask.bit_count())
     context.dest, context.cause = dest, cause
     for holder in (CPU, GPU):
         entering = mask & ~block.read_duplicated & block.resident[holder]
@@ -95,32 +95,41 @@ def block_prep_read_duplicate_mapping(block: VaBlock, thread: Thread, holder: in
 @step
 def uvm_va_block_make_resident_finish(block: VaBlock, thread: Thread, context: BlockContext, mask: int) -> None:
     """Update residency after the copies, drop duplicates, refresh the eviction order (uvm_va_block.c)."""
-    dest, other = context.dest, 1 - context.dest
-    nowhere = mask & ~(block.resident[CPU] | block.resident[GPU])
-    trace = thread.engine.trace
-    for first, count in runs(nowhere):
-        trace.move(thread.now, thread.now, block.first + first, count, 0, 1 << dest, "populate")
-    for first, count in runs(mask & block.read_duplicated):
-        trace.move(thread.now, thread.now, block.first + first, count, 3, 1 << dest, "collapse")
-    context.pages_changed_residency |= nowhere
-    moved = mask & block.resident[other]
-    for first, count in runs(moved & ~context.pages_copied & ~block.read_duplicated):
-        trace.move(thread.now, thread.now, block.first + first, count, 1 << other, 1 << dest, "clean")
-    block.resident[dest] |= mask
-    block.read_duplicated &= ~mask
-    block.resident[other] &= ~mask
+    dest, other, resident = context.dest, 1 - context.dest, block.resident
+    nowhere = mask & ~(resident[CPU] | resident[GPU])
+    moved = mask & resident[other]
+    duplicated = mask & block.read_duplicated
+    clean = moved & ~(context.pages_copied | duplicated)
+    if nowhere:
+        _moves(block, thread, nowhere, 0, 1 << dest, "populate")
+        context.pages_changed_residency |= nowhere
+    if duplicated:
+        _moves(block, thread, duplicated, 3, 1 << dest, "collapse")
+        block.read_duplicated &= ~mask
+    if clean:
+        _moves(block, thread, clean, 1 << other, 1 << dest, "clean")
+    resident[dest] |= mask
+    resident[other] &= ~mask
     if context.cause == "api":
         block.discarded &= ~mask
-    if moved and other == GPU and not block.resident[GPU] and block.whole and block.gpu_chunks:
+    if moved and other == GPU and not resident[GPU] and block.whole and block.gpu_chunks:
         block.range.va_space.gpu.pmm.mark_unused(block.gpu_chunks[0].root)
-    if block.resident[dest]:
+    if resident[dest]:
         block_mark_memory_used(block, dest)
+
+
+def _moves(block: VaBlock, thread: Thread, mask: int, src: int, dst: int, cause: str) -> None:
+    """Pages change place without a copy."""
+    for first, count in runs(mask):
+        thread.engine.trace.move(thread.now, thread.now, block.first + first, count, src, dst, cause)
 
 
 def block_mark_memory_used(block: VaBlock, dest: int) -> None:
     """Append the root chunk to the eviction order: full 2 MiB blocks only (uvm_va_block.c)."""
-    if dest == GPU and block.whole and block.gpu_chunks and block.gpu_chunks[0].pages == BLOCK_PAGES:
-        block.range.va_space.gpu.pmm.mark_used(block.gpu_chunks[0].root)
+    if dest == GPU and block.pages == BLOCK_PAGES:
+        chunk = block.gpu_chunks.get(0)
+        if chunk is not None and chunk.pages == BLOCK_PAGES:
+            block.range.va_space.gpu.pmm.mark_used(chunk.root)
 
 
 def _mappers(block: VaBlock) -> tuple[int, ...]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from kit.drivers.uvm.perf_prefetch import uvm_perf_prefetch_get_hint_va_block
-from kit.drivers.uvm.types import CPU, GPU, READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC, VaBlock
+from kit.drivers.uvm.types import COUNT_PROT, CPU, GPU, READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC, VaBlock
 from kit.drivers.uvm.va_block_map import (
     uvm_va_block_add_mappings_after_migration,
     uvm_va_block_map,
@@ -24,28 +22,30 @@ from kit.sim.trace import step, waiting_step
 __all__ = ["ServiceContext", "uvm_va_block_select_residency", "uvm_va_block_service_locked"]
 
 
-@dataclass(slots=True)
 class ServiceContext:
     """uvm_service_block_context_t: one service operation, kept over its retries.
 
     ``wanted[prot]`` are the faulting pages whose access needs that right; ``new_residency[dest]``
-    where pages go; ``pinned`` pages that thrashing pinned (page to residency).
+    where pages go; ``pinned`` pages that thrashing pinned (page to residency). Of a batch's faults:
+    ``strongest`` the pages by access type, ``distinct`` their number, ``instances`` that of the faults.
     """
 
-    block_context: BlockContext = field(default_factory=BlockContext)
-    num_retries: int = 0
-    faulted: int = 0
-    wanted: dict[int, int] = field(default_factory=lambda: {READ_ONLY: 0, READ_WRITE: 0, READ_WRITE_ATOMIC: 0})
-    new_residency: dict[int, int] = field(default_factory=dict)
-    read_duplicate: int = 0
-    pinned: dict[int, int] = field(default_factory=dict)
-    prefetched: int = 0
-    did_migrate: bool = False
+    num_retries = 0
+    did_migrate = False
+    strongest: dict[int, int]
+    distinct: int
+    instances: int
+    wanted: list[int]
+    new_residency: dict[int, int]
+    pinned: dict[int, int]
+
+    def __init__(self) -> None:
+        self.block_context = BlockContext()
 
     def reset(self) -> None:
-        """Start the operation again, keeping what the retry holds."""
+        """Start the operation, or start it again, keeping what the retry holds."""
         self.faulted = self.read_duplicate = self.prefetched = 0
-        self.wanted = {READ_ONLY: 0, READ_WRITE: 0, READ_WRITE_ATOMIC: 0}
+        self.wanted = [0] * COUNT_PROT
         self.new_residency, self.pinned = {}, {}
 
 
@@ -65,50 +65,57 @@ def block_select_processor_residency(block: VaBlock, thread: Thread, context: Se
     Rules about HMM, native atomics and other processes do not arise over PCIe.
     """
     va_space, policy = block.range.va_space, block.range.policy
-    todo = context.faulted
-    chosen = {CPU: 0, GPU: 0}
-    reads = context.wanted[READ_ONLY]
-
-    def choose(destination: int, pages: int) -> None:
-        nonlocal todo
-        chosen[destination] |= todo & pages
-        todo &= ~pages
-
+    todo, preferred, other = context.faulted, policy.preferred_location, 1 - processor
+    chosen = [0, 0]
     if va_space.module.fault_force_sysmem:
-        choose(CPU, todo)
+        chosen[CPU], todo = todo, 0
+    if policy.read_duplication:
+        duplicated = todo & ~_pinned(context)
+        context.read_duplicate |= duplicated & context.wanted[READ_ONLY]
+        chosen[processor] |= duplicated
+        todo &= ~duplicated
+    if preferred == processor:
+        chosen[processor] |= todo
+        todo = 0
+    for index, residency in context.pinned.items():
+        chosen[residency] |= todo & 1 << index
+        todo &= ~(1 << index)
+    resident = block.resident
+    reachable = preferred is not None and va_space.accessible(processor, preferred)
+    target = preferred if preferred is not None and reachable else processor
+    somewhere = resident[CPU] | resident[GPU]
+    chosen[target] |= todo & ~somewhere
+    todo &= somewhere
+    if processor in policy.accessed_by:
+        chosen[processor] |= todo & resident[processor]
+        todo &= ~resident[processor]
+        if va_space.accessible(processor, other):
+            chosen[other] |= todo
+            todo = 0
+    if preferred is not None and reachable:
+        elsewhere = resident[other] & ~resident[processor]
+        chosen[preferred] |= todo & elsewhere
+        todo &= ~elsewhere
+    chosen[processor] |= todo
+    for destination in (CPU, GPU):
+        if chosen[destination]:
+            context.new_residency[destination] = chosen[destination]
+
+
+def _pinned(context: ServiceContext) -> int:
+    """Return the mask of pages that thrashing pinned."""
     pinned = 0
     for index in context.pinned:
         pinned |= 1 << index
-    may_duplicate = (block.all_pages if policy.read_duplication else 0) & ~pinned
-    context.read_duplicate |= todo & may_duplicate & reads
-    choose(processor, may_duplicate)
-    if policy.preferred_location == processor:
-        choose(processor, todo)
-    for index, residency in context.pinned.items():
-        choose(residency, 1 << index)
-    preferred = policy.preferred_location
-    reachable = preferred is not None and va_space.accessible(processor, preferred)
-    target = preferred if preferred is not None and reachable else processor
-    nowhere = ~(block.resident[CPU] | block.resident[GPU]) & block.all_pages
-    choose(target, nowhere)
-    other = 1 - processor
-    elsewhere = block.resident[other] & ~block.resident[processor]
-    if processor in policy.accessed_by:
-        choose(processor, block.resident[processor])
-        if va_space.accessible(processor, other):
-            choose(other, elsewhere)
-    if preferred is not None and reachable:
-        choose(preferred, elsewhere)
-    choose(processor, todo)
-    context.new_residency = {dest: pages for dest, pages in chosen.items() if pages}
+    return pinned
 
 
 @waiting_step
 def uvm_va_block_service_locked(block: VaBlock, thread: Thread, context: ServiceContext, processor: int) -> Wait:
     """Prefetch, then copy and finish for each destination, the CPU first (uvm_va_block.c)."""
-    thread.note(va=block.va, pages=context.faulted.bit_count())
+    thread.note(block.va, context.faulted.bit_count())
     uvm_va_block_get_prefetch_hint(block, thread, context)
-    for destination in sorted(context.new_residency):
+    for destination in list(context.new_residency):  # ascending
         yield from uvm_va_block_service_copy(block, thread, context, processor, destination)
         uvm_va_block_service_finish(block, thread, context, processor, destination)
 
@@ -119,8 +126,7 @@ def uvm_va_block_get_prefetch_hint(block: VaBlock, thread: Thread, context: Serv
     if len(context.new_residency) != 1:
         return
     ((destination, pages),) = context.new_residency.items()
-    hint = uvm_perf_prefetch_get_hint_va_block(block, thread, destination, pages)
-    context.prefetched = hint
+    context.prefetched = hint = uvm_perf_prefetch_get_hint_va_block(block, thread, destination, pages)
     context.new_residency[destination] = pages | hint
     if block.range.policy.read_duplication and not block.range.va_space.module.fault_force_sysmem:
         context.read_duplicate |= hint
@@ -131,17 +137,17 @@ def uvm_va_block_service_copy(
     block: VaBlock, thread: Thread, context: ServiceContext, processor: int, destination: int
 ) -> Wait:
     """Read duplicates first, then pages to move; the CPU waits for copies that reach it (uvm_va_block.c)."""
-    pages, inner = context.new_residency[destination], context.block_context
+    pages, inner, prefetched = context.new_residency[destination], context.block_context, context.prefetched
     inner.pages_changed_residency, inner.did_copy = 0, False
     inner.dest, inner.cause = destination, "fault"
-    if pages & context.read_duplicate:
+    duplicated = pages & context.read_duplicate
+    if duplicated:
         yield from uvm_va_block_make_resident_read_duplicate(
-            block, thread, inner, destination, pages & context.read_duplicate, context.prefetched, "fault"
+            block, thread, inner, destination, duplicated, prefetched, "fault"
         )
-    if pages & ~context.read_duplicate:
-        yield from uvm_va_block_make_resident_copy(
-            block, thread, inner, destination, pages & ~context.read_duplicate, context.prefetched, "fault"
-        )
+        pages &= ~duplicated
+    if pages:
+        yield from uvm_va_block_make_resident_copy(block, thread, inner, destination, pages, prefetched, "fault")
     if inner.did_copy:
         context.did_migrate = True
         if destination == CPU:
@@ -163,33 +169,33 @@ def uvm_va_block_service_finish(
     block_service_finish_map(block, thread, context, by_prot, processor)
     if block.range.policy.accessed_by or context.pinned:
         block_service_finish_map_accessed_by(block, thread, context, by_prot, processor)
-    block.discarded &= ~(by_prot[READ_WRITE] | by_prot[READ_WRITE_ATOMIC])
+    if block.discarded:
+        block.discarded &= ~(by_prot[READ_WRITE] | by_prot[READ_WRITE_ATOMIC])
 
 
 def _compute_new_permission(
     block: VaBlock, context: ServiceContext, pages: int, processor: int, destination: int
-) -> dict[int, int]:
-    """Return right -> pages: what the access needs, raised where that takes nothing from anybody (query_promote)."""
-    va_space = block.range.va_space
-    atomic = pages & context.wanted[READ_WRITE_ATOMIC]
-    write = pages & context.wanted[READ_WRITE]
-    read = pages & ~atomic & ~write
-    may_duplicate = block.all_pages if block.range.policy.read_duplication else block.read_duplicated
+) -> list[int]:
+    """Return pages by right: what the access needs, raised where that takes nothing from anybody (query_promote)."""
+    va_space, wanted = block.range.va_space, context.wanted
+    atomic = pages & wanted[READ_WRITE_ATOMIC]
+    write = pages & wanted[READ_WRITE]
+    read = pages & ~(atomic | write)
     contested = 0
-    for other in (CPU, GPU):
-        if not va_space.native_atomics(other, destination) and (other == CPU or va_space.gpu.hal.replayable_faults):
-            contested |= block.pte[other][READ_WRITE_ATOMIC]
-    promoted = read & ~may_duplicate & ~contested & ~block.discarded
-    read &= ~promoted
+    for other in va_space.contenders[destination]:
+        contested |= block.pte[other][READ_WRITE_ATOMIC]
+    may_duplicate = block.all_pages if block.range.policy.read_duplication else block.read_duplicated
+    promoted = read & ~(may_duplicate | contested | block.discarded)
+    read ^= promoted
     write |= promoted
     if va_space.native_atomics(processor, destination):
         write, atomic = 0, atomic | write
-    return {READ_ONLY: read, READ_WRITE: write, READ_WRITE_ATOMIC: atomic}
+    return [0, read, write, atomic]
 
 
 @step
 def block_service_finish_revoke_prot(
-    block: VaBlock, thread: Thread, by_prot: dict[int, int], stayed: int, processor: int, destination: int
+    block: VaBlock, thread: Thread, by_prot: list[int], stayed: int, processor: int, destination: int
 ) -> None:
     """Pages that did not move and get more than read-only: others lose what conflicts (uvm_va_block.c)."""
     va_space = block.range.va_space
@@ -211,30 +217,29 @@ def block_service_finish_revoke_prot(
 
 @step
 def block_service_finish_map(
-    block: VaBlock, thread: Thread, context: ServiceContext, by_prot: dict[int, int], processor: int
+    block: VaBlock, thread: Thread, context: ServiceContext, by_prot: list[int], processor: int
 ) -> None:
     """Map the faulter: read-only pages, then read-write, then atomics (uvm_va_block.c)."""
-    pinned = 0
-    for index in context.pinned:
-        pinned |= 1 << index
-    for prot, pages in by_prot.items():
+    pinned = _pinned(context)
+    for prot, pages in enumerate(by_prot):
         if not pages:
             continue
         if processor == CPU:
             uvm_va_block_unmap(block, thread, CPU, pages)
         if pages & pinned:
             uvm_va_block_map(block, thread, processor, pages & pinned, prot, "thrashing")
-        if pages & ~pinned:
-            uvm_va_block_map(block, thread, processor, pages & ~pinned, prot, "policy")
+            pages &= ~pinned
+        if pages:
+            uvm_va_block_map(block, thread, processor, pages, prot, "policy")
 
 
 @step
 def block_service_finish_map_accessed_by(
-    block: VaBlock, thread: Thread, context: ServiceContext, by_prot: dict[int, int], processor: int
+    block: VaBlock, thread: Thread, context: ServiceContext, by_prot: list[int], processor: int
 ) -> None:
     """Pinned pages: everybody who fought over them; the others: accessed-by processors (uvm_va_block.c)."""
     info, accessed_by = block.thrashing, tuple(sorted(block.range.policy.accessed_by))
-    for prot, pages in by_prot.items():
+    for prot, pages in enumerate(by_prot):
         for index in context.pinned:
             if pages >> index & 1 and info is not None and info.page is not None:
                 fighters = tuple(p for p in (CPU, GPU) if info.page.processors[index] >> p & 1)

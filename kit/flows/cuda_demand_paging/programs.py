@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.grid import GridKernel, Shape
+from kit.drivers.uvm.serial import SerialKernel
 from kit.drivers.uvm.sm import Kernel, StreamKernel
 from kit.drivers.uvm.types import PREFETCH, READ, REQUIRED_PROT, WRITE
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
@@ -96,26 +97,19 @@ def interleave(columns: list[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 def stream_kernel(
     name: str, accesses: Accesses, base: int, gpu: Gpu, lanes: int, pause_us: float = 0.0, ahead: int = 0
-) -> StreamKernel:
+) -> StreamKernel | SerialKernel:
     """Make a kernel of a list of accesses, each after a prefetch instruction `ahead` pages on (0: none)."""
     pages = accesses.page + base
-    kind = np.where(accesses.write, WRITE, READ).astype(np.int8)
+    kind = np.where(accesses.write, np.int8(WRITE), np.int8(READ))
     if ahead:
         pages, kind = np.stack([pages + ahead, pages], 1), np.stack([np.full_like(kind, PREFETCH), kind], 1)
         pages, kind = pages.reshape(-1), kind.reshape(-1)
     capacity = int(gpu.machine["misses_per_sm"] * gpu.machine["sms"])
-    slots = gpu.table.walk(pages).astype(np.int64)
-    return StreamKernel(
-        name,
-        slots,
-        pages,
-        kind,
-        REQUIRED_PROT[kind],
-        lanes or capacity,
-        int(gpu.machine["tpcs"]),
-        gpu.costs.thread_miss,
-        pause_us,
-    )
+    slots = gpu.table.walk(pages)
+    need, touch_us, utlbs = REQUIRED_PROT[kind], gpu.costs.thread_miss, int(gpu.machine["tpcs"])
+    if lanes == 1 and not ahead:
+        return SerialKernel(name, slots, pages, kind, need, touch_us + pause_us)
+    return StreamKernel(name, slots, pages, kind, need, lanes or capacity, utlbs, touch_us, pause_us)
 
 
 class ThreeLines(Program):
