@@ -11,7 +11,7 @@ What may wait is used with ``yield from``, and is an empty tuple when it turns o
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from heapq import heappush
 from typing import Any
 
@@ -126,6 +126,14 @@ class Thread:
     def row(self) -> int:
         """The running span's row, -1: none."""
         return self.at >> LOG_SHIFT
+
+    def apart(self, work: Callable[[], Any]) -> Any:
+        """Do `work` as if the running step had not called it: what a completion or an interrupt calls."""
+        at, self.at = self.at, -1
+        try:
+            return work()
+        finally:
+            self.at = at
 
     def charge(self, microseconds: float) -> None:
         """Spend time on this actor's own clock."""

@@ -136,9 +136,7 @@ def mlx5r_umr_post_send_wait(dev: Mlx5IbDev, thread: Thread, wqe: UmrWqe) -> Wai
 
 def complete(dev: Mlx5IbDev, thread: Thread, status: WcStatus) -> None:
     """Let the completion queue's handler run, which nobody calls."""
-    row, thread.row = thread.row, -1
-    mlx5r_umr_done(dev, thread, status)
-    thread.row = row
+    thread.apart(lambda: mlx5r_umr_done(dev, thread, status))
 
 
 @step
