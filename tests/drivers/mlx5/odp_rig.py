@@ -143,4 +143,4 @@ def failed(ret: Any) -> tuple[str, str]:
 def steps(rig: Rig, since: int = 0) -> list[str]:
     """Names of the executed steps, in the order in which they were entered."""
     names = rig.engine.trace.steps.words
-    return [names[key >> 8] for key in rig.engine.trace.spans.key[since:]]
+    return [names[int(step)] for step in rig.engine.trace.spans.column("step")[since:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from drivers.mlx5.odp_rig import GIB, ODP, Rig
+from drivers.mlx5.odp_rig import GIB, ODP, Rig, steps
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,9 +72,8 @@ def test_zap_then_unmap_then_dirty(era):
     pfns = rig.hca.dma.resolve(rig.walk(mr.rkey, va, 64 * PAGE).addresses)[0]
     rig.memory.flags[pfns] &= ~np.uint16(PG.DIRTY)
     before, since = rig.umrs(), len(rig.engine.trace.spans)
-    names = []
     rig.dontneed(va, 64)
-    names = [rig.engine.trace.steps.words[k >> 8] for k in rig.engine.trace.spans.key[since:]]
+    names = steps(rig, since)
     assert rig.umrs() - before == 1 and rig.hca.dma.live == 0
     assert (
         names.index("mlx5r_umr_update_xlt") < names.index("ib_umem_odp_unmap_dma_pages") < names.index("set_page_dirty")
