@@ -56,7 +56,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
     if len(whole) <= _LINE:
         return [whole]
     if len(assigned) <= _LINE:
-        return [above, assigned]
+        return [*(f"# {line}" for line in wrap(above[2:], _LINE - 2, break_on_hyphens=False)), assigned]
     words = wrap(f"{row['name']}: {whole.split('# ', 1)[1]}", _LINE - 2, break_on_hyphens=False)
     return [*(f"# {line}" for line in words), f"{row['name']} = {literal}"]
 
