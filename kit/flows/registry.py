@@ -96,13 +96,18 @@ ENTRIES: dict[str, Entry] = {
     for each in (
         Entry("cuda_demand_paging", "kit.flows.cuda_demand_paging.flow"),
         Entry("hmm_mirror", "kit.flows.hmm_mirror.flow", "default", "strace", "kit.report.hmm.report"),
-        Entry("mlx5_implicit_mr", "kit.flows.mlx5_implicit_mr.flow", "default", "rdma_stat", "kit.report.rdma.implicit"),
+        Entry(
+            "mlx5_implicit_mr", "kit.flows.mlx5_implicit_mr.flow", "default", "rdma_stat", "kit.report.rdma.implicit"
+        ),
         Entry("mlx5_odp_mr", "kit.flows.mlx5_odp_mr.flow", "default", "kinds", "kit.report.rdma.odp_mr"),
         Entry("rc_pingpong", "kit.flows.rc_pingpong.flow", "default", "pingpong", "kit.report.rdma.pingpong"),
         Entry(
-            "rdma_follows_migration", "kit.flows.rdma_follows_migration.flow", "default", "rdma_stat",
+            "rdma_follows_migration",
+            "kit.flows.rdma_follows_migration.flow",
+            "default",
+            "rdma_stat",
             "kit.report.rdma.follows",
-        ),  # fmt: skip
+        ),
     )
 }
 

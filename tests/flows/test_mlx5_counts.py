@@ -14,6 +14,7 @@ import kit
 from kit import paths
 from kit.flows.registry import load_scenario
 from kit.flows.run import Run
+from kit.report.figures.window import COLUMN
 
 FLOWS = ("mlx5_implicit_mr", "mlx5_odp_mr", "rc_pingpong", "rdma_follows_migration")
 CHUNK = (1 << 20) - 64  # MLX5_MAX_UMR_CHUNK
@@ -346,3 +347,12 @@ ib_umem_odp_map_dma_single_page ib_dma_map_page dma_map_page mlx5r_umr_update_xl
 mlx5r_umr_alloc_xlt dma_map_single mlx5r_umr_set_update_xlt_ctrl_seg mlx5r_umr_set_update_xlt_mkey_seg
 mlx5r_umr_set_update_xlt_data_seg mlx5_ib_invalidate_range mlx5_eq_update_cc mlx5_eq_update_ci
 """
+
+
+def test_a_gpu_driver_that_slept_acts_now_and_not_in_the_past() -> None:
+    run = kit.open("rdma_follows_migration").finish()
+    closes = next(start for name, start, _ in run.stages if name == "deregister")
+    table = run.trace.spans.array()
+    released = run.trace.steps.words.index("dmirror_fops_release")
+    (row,) = table[table[:, COLUMN["step"]] == released]
+    assert row[COLUMN["start"]] >= closes

@@ -40,6 +40,11 @@ __all__ = [
 ]
 
 
+# Plain integers: set_access runs for every UMR request, and operators of flags are slow.
+_ATOMIC, _REMOTE_WRITE, _REMOTE_READ = int(Access.REMOTE_ATOMIC), int(Access.REMOTE_WRITE), int(Access.REMOTE_READ)
+_LOCAL_WRITE, _RELAXED = int(Access.LOCAL_WRITE), int(Access.RELAXED_ORDERING)
+
+
 @dataclass(slots=True)
 class Mkc:
     """The mkey context (mlx5_ifc_mkc_bits): what CREATE_MKEY, QUERY_MKEY and UMR carry.
@@ -83,12 +88,13 @@ class Mkc:
 
     def set_access(self, access: int) -> None:
         """Set the access bits as set_mkc_access_pd_addr_fields and mlx5r_umr_set_access_flags do."""
-        self.a = bool(access & Access.REMOTE_ATOMIC)
-        self.rw = bool(access & Access.REMOTE_WRITE)
-        self.rr = bool(access & Access.REMOTE_READ)
-        self.lw = bool(access & Access.LOCAL_WRITE)
+        access = int(access)
+        self.a = bool(access & _ATOMIC)
+        self.rw = bool(access & _REMOTE_WRITE)
+        self.rr = bool(access & _REMOTE_READ)
+        self.lw = bool(access & _LOCAL_WRITE)
         self.lr = True
-        self.relaxed_ordering_write = self.relaxed_ordering_read = bool(access & Access.RELAXED_ORDERING)
+        self.relaxed_ordering_write = self.relaxed_ordering_read = bool(access & _RELAXED)
 
     def copy(self) -> Mkc:
         """Return a copy that can be changed on its own."""

@@ -297,6 +297,8 @@ def _walk_mtt(mkey: HwMkey, key: int, va: int, length: int, write: bool) -> Tran
     first, last = (va >> shift) - base, ((va + length - 1) >> shift) - base
     entries = mkey.entries[first : last + 1]
     want = MTT_WRITE if write else MTT_READ
+    if first == last and len(entries) and shift == PAGE_SHIFT and int(entries[0]) & want:  # a page, which is there
+        return Translation(Verdict.OK, entries & ~_BITS, va & (PAGE - 1), length)
     missing = (entries.astype(np.uint64, copy=False) & np.uint64(want)) == 0
     offset = va & (PAGE - 1)
     count, good = len(entries), length

@@ -6,6 +6,8 @@ carry reads as zeros and is dropped on writing.
 
 from __future__ import annotations
 
+from sys import getrefcount
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,9 @@ from kit.drivers.mlx5.enums import PAGE
 __all__ = ["gather", "scatter"]
 
 Bytes = NDArray[np.uint8]
+_SPARE: dict[int, list[Bytes]] = {}  # by pages
+_SIZES, _EACH = 16, 4
+_UNUSED = 3  # references to a block that only `_SPARE` has: from the list, the loop and the call that counts them
 
 
 def gather(payload: NDArray[np.uint64], pfns: NDArray[np.int64], offset: int, length: int) -> Bytes:
@@ -29,9 +34,29 @@ def gather(payload: NDArray[np.uint64], pfns: NDArray[np.int64], offset: int, le
     rows = payload[pfns].view(np.uint8).reshape(len(pfns), -1)
     if rows.shape[1] == PAGE:
         return rows.reshape(-1)[offset : offset + length]
-    whole = np.zeros((len(pfns), PAGE), dtype=np.uint8)
+    if offset + length <= rows.shape[1]:
+        return rows[0, offset : offset + length]
+    whole = _blank(len(pfns))
     whole[:, : rows.shape[1]] = rows
     return whole.reshape(-1)[offset : offset + length]
+
+
+def _blank(pages: int) -> Bytes:
+    """Return pages of zeros, in which only what is kept of a page may be written, and all of it has to be.
+
+    Messages are short-lived and read only, so one that nobody refers to any more lends its pages to the next:
+    getting fresh ones from the system would cost more than everything else that is done to a large message.
+    """
+    spare = _SPARE.setdefault(pages, [])
+    for block in spare:
+        if getrefcount(block) == _UNUSED:
+            return block
+    block = np.zeros((pages, PAGE), dtype=np.uint8)
+    if len(_SPARE) > _SIZES:
+        _SPARE.clear()
+    elif len(spare) < _EACH:
+        spare.append(block)
+    return block
 
 
 def scatter(payload: NDArray[np.uint64], pfns: NDArray[np.int64], offset: int, data: Bytes) -> None:

@@ -21,19 +21,22 @@ __all__ = [
     "umr_check_mkey_mask",
 ]  # fmt: skip
 
+_RIGHTS = int(MkeyMask.LR | MkeyMask.LW | MkeyMask.RR | MkeyMask.RW)
+_A, _PAGE_SIZE = int(MkeyMask.A), int(MkeyMask.PAGE_SIZE)
+_RELAXED_WRITE, _RELAXED_READ = int(MkeyMask.RELAXED_ORDERING_WRITE), int(MkeyMask.RELAXED_ORDERING_READ)
 POLL = 4000.0  # microseconds: usleep_range(3000, 5000)
 
 
 def access_mask(dev: Mlx5IbDev) -> int:
     """Fields that carry the access rights (get_umr_update_access_mask)."""
-    mask = MkeyMask.LR | MkeyMask.LW | MkeyMask.RR | MkeyMask.RW
+    mask = _RIGHTS
     if dev.caps.atomic:
-        mask |= MkeyMask.A
+        mask |= _A
     if dev.caps.relaxed_ordering_write_umr:
-        mask |= MkeyMask.RELAXED_ORDERING_WRITE
+        mask |= _RELAXED_WRITE
     if dev.caps.relaxed_ordering_read_umr:
-        mask |= MkeyMask.RELAXED_ORDERING_READ
-    return int(mask)
+        mask |= _RELAXED_READ
+    return mask
 
 
 def pd_mask() -> int:
@@ -44,16 +47,18 @@ def pd_mask() -> int:
 @step
 def umr_check_mkey_mask(dev: Mlx5IbDev, thread: Thread, mask: int) -> int:
     """Return 0, or -EPERM when the device's UMR may not write one of these fields (umr.c)."""
-    caps = dev.caps
+    caps, mask = dev.caps, int(mask)
+    if not mask:
+        return 0
     forbidden = (
-        (MkeyMask.PAGE_SIZE, caps.umr_modify_entity_size_disabled),
-        (MkeyMask.A, caps.umr_modify_atomic_disabled),
-        (MkeyMask.RELAXED_ORDERING_WRITE, not caps.relaxed_ordering_write_umr),
-        (MkeyMask.RELAXED_ORDERING_READ, not caps.relaxed_ordering_read_umr),
+        (_PAGE_SIZE, caps.umr_modify_entity_size_disabled),
+        (_A, caps.umr_modify_atomic_disabled),
+        (_RELAXED_WRITE, not caps.relaxed_ordering_write_umr),
+        (_RELAXED_READ, not caps.relaxed_ordering_read_umr),
     )
     for field, disabled in forbidden:
-        if mask & field and disabled:
-            return Errno(EPERM, "umr_check_mkey_mask", f"UMR may not change {field.name}")
+        if disabled and mask & field:
+            return Errno(EPERM, "umr_check_mkey_mask", f"UMR may not change {MkeyMask(field).name}")
     return 0
 
 

@@ -62,6 +62,7 @@ class Gpu:
 
     def open(self) -> Wait:
         """Plug the device's memory in, and mirror the program's address space."""
+        self._wake()
         raise_for(dmirror_device_init(self.device, self.thread))
         made = yield from dmirror_fops_open(self.device, self.thread, self.host.mm)
         if isinstance(made, Errno):
@@ -92,13 +93,17 @@ class Gpu:
     def close(self) -> Wait:
         """Close the device."""
         if self.mirror is not None:
+            self._wake()
             yield from dmirror_fops_release(self.mirror, self.thread)
+
+    def _wake(self) -> None:
+        self.thread.now = max(self.thread.now, self.host.engine.now)
 
     def _command(self, command: int, address: int, pages: int, content: Any) -> Wait:
         words = self.host.memory.words
         buffer = np.zeros(pages * words, dtype=np.uint64) if content is None else content
         assert self.mirror is not None
-        self.thread.now = max(self.thread.now, self.host.engine.now)
+        self._wake()
         cmd = HmmDmirrorCmd(address, buffer, pages)
         ret = yield from dmirror_fops_unlocked_ioctl(self.mirror, self.thread, command, cmd)
         yield from self.thread.sync()
