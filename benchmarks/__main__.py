@@ -16,19 +16,22 @@ from benchmarks.figure import Figure, report, timed
 
 CASES = (
     "imports", "touches", "sequential", "random", "oversubscribed", "notebook", "hmm_range_fault", "hmm_migration",
-    "hmm_invalidations", "hmm_selftests", "hmm_schedules",
+    "hmm_invalidations", "hmm_selftests", "hmm_schedules", "mlx5_faults", "mlx5_invalidations", "mlx5_registration",
+    "mlx5_sparse", "mlx5_schedules",
 )  # fmt: skip
 
 
 def measure(case: str) -> list[Figure]:
     """Run one case in this process."""
-    from benchmarks import hmm, start, streams, touches
+    from benchmarks import hmm, mlx5, start, streams, touches
 
     cases = {
         "imports": start.imports, "touches": touches.measure, "sequential": streams.sequential,
         "random": streams.random, "oversubscribed": streams.oversubscribed, "notebook": start.notebook,
         "hmm_range_fault": hmm.range_fault, "hmm_migration": hmm.migration, "hmm_invalidations": hmm.invalidations,
         "hmm_selftests": hmm.selftests, "hmm_schedules": hmm.schedules,
+        "mlx5_faults": mlx5.faults, "mlx5_invalidations": mlx5.invalidations, "mlx5_registration": mlx5.registration,
+        "mlx5_sparse": mlx5.sparse, "mlx5_schedules": mlx5.schedules,
     }  # fmt: skip
     return cases[case]()
 

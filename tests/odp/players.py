@@ -171,7 +171,11 @@ class Player:
 
     def post_recv(self, index: int = 0) -> None:
         side, wr = self.side, RecvWr(0, self.sges())
-        verb = post_recv(self.qps[index], side.thread, wr) if self.srq is None else post_srq_recv(self.srq, side.thread, wr)
+        verb = (
+            post_recv(self.qps[index], side.thread, wr)
+            if self.srq is None
+            else post_srq_recv(self.srq, side.thread, wr)
+        )
         assert side.do(verb) == 0
 
     def send(self, opcode: WrOpcode = WrOpcode.SEND, sges: tuple[Sge, ...] = (), index: int = 0, **fields: Any) -> None:
@@ -182,7 +186,7 @@ class Player:
         """Wait for one completion, which has to be a success (poll_cq)."""
         (wc,) = self.side.do(wait_cq(cq or self.cq, self.side.thread))
         assert wc.status == WcStatus.SUCCESS, wc
-        return wc  # type: ignore[no-any-return]
+        return wc
 
     def validate(self, letter: int, length: int | None = None) -> None:
         """What has been received is the other player's letter, byte for byte."""

@@ -9,17 +9,17 @@ hold what some write, of a CPU or of the wire, could have left there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import simpy
 from hmm.registers import Registers, Write
+from odp.checks import Checks, need
 
 from kit.drivers.mlx5.advise import ADVISE_FLUSH, PREFETCH_NO_FAULT, PREFETCH_WRITE
 from kit.drivers.mlx5.costs import make_costs
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
-from kit.drivers.mlx5.enums import MTT_WRITE
 from kit.drivers.mlx5.fabric import Fabric
 from kit.drivers.mlx5.hca import Hca, HcaParameters
 from kit.drivers.mlx5.mkey_cache import mlx5r_cache_create_ent_locked, warm_cache
@@ -39,7 +39,6 @@ from kit.drivers.mlx5.types import (
     WcStatus,
     WrOpcode,
 )
-from kit.drivers.mlx5.umem_odp import IbUmemOdp
 from kit.drivers.mlx5.verbs import (
     advise_mr,
     connect,
@@ -59,8 +58,6 @@ from kit.memory.costs import COSTS as MM_COSTS
 from kit.memory.costs import make_costs as make_mm_costs
 from kit.memory.exit import exit_mmap, oom_reap_task_mm
 from kit.memory.fork import fork
-from kit.memory.hmm_entries import HMM_PFN_DMA_MAPPED, HMM_PFN_VALID, HMM_PFN_WRITE
-from kit.memory.invariants import check_invariants
 from kit.memory.madvise import madvise
 from kit.memory.mm import Mm
 from kit.memory.mmap import mmap, munmap
@@ -76,8 +73,6 @@ from kit.memory.types import (
     PROT_NONE,
     PROT_READ,
     PROT_WRITE,
-    Bit,
-    Kind,
 )
 from kit.sim.engine import Engine, Thread, Wait
 
@@ -86,9 +81,6 @@ FIXES = (*UPSTREAM, "private_hmm_pfns", "memory_fault_holds_parent")
 RIGHTS = Access.LOCAL_WRITE | Access.REMOTE_WRITE | Access.REMOTE_READ
 RW, ANON = PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS
 GIB_PAGES = 1 << 18
-LOW_BITS = np.uint64(3)
-MAPPED, WRITE = np.uint64(HMM_PFN_VALID | HMM_PFN_DMA_MAPPED), np.uint64(HMM_PFN_WRITE)
-NONE = np.zeros(0, dtype=np.uint64)
 FAILURES = (WcStatus.LOC_PROT_ERR, WcStatus.REM_ACCESS_ERR, WcStatus.REM_OP_ERR, WcStatus.WR_FLUSH_ERR)
 COSTS = {
     "hw_fault_detect": 20.0, "irq": 2.0, "cmd_create_mkey": 20.0, "cmd_destroy_mkey": 10.0, "cmd_query_mkey": 5.0,
@@ -99,16 +91,6 @@ COSTS = {
     "srcu_grace_period": 200.0,
 }  # fmt: skip
 MM_TIMES = dict.fromkeys(MM_COSTS, 0.2)
-
-
-class Broken(AssertionError):
-    """An invariant does not hold; the first word says which."""
-
-
-def need(holds: object, what: str) -> None:
-    """Assert an invariant under its name."""
-    if not holds:
-        raise Broken(what)
 
 
 class Host:
@@ -126,7 +108,12 @@ class Host:
         self.pd = IbPd(self.dev, plan.fabric.number(self.hca), self.mm)
         thread = engine.thread(f"{name} kmod")
         shape = self.dev.imr
-        for mode, ndescs in ((AccessMode.MTT, 4), (AccessMode.MTT, 16), (AccessMode.MTT, shape.mtt_entries), (AccessMode.KSM, shape.ksm_entries)):
+        for mode, ndescs in (
+            (AccessMode.MTT, 4),
+            (AccessMode.MTT, 16),
+            (AccessMode.MTT, shape.mtt_entries),
+            (AccessMode.KSM, shape.ksm_entries),
+        ):
             ent: Any = mlx5r_cache_create_ent_locked(self.dev, thread, RbKey(0, mode, 0, ndescs), True)
             ent.limit = 2 if ndescs <= 16 else 0
         warm_cache(self.dev)
@@ -147,7 +134,7 @@ class Region:
         return not self.dying and self.first <= first and first + count <= self.first + self.pages
 
 
-class Schedule:
+class Schedule(Checks):
     """Everything that happens under one seed.
 
     Parameters
@@ -178,7 +165,9 @@ class Schedule:
         )  # fmt: skip
         scale = np.exp(pick.normal(0.0, 1.0, len(COSTS)))
         self.costs = make_costs({name: cost * float(s) for (name, cost), s in zip(COSTS.items(), scale, strict=True)})
-        self.mm_costs = make_mm_costs({name: cost * float(pick.choice([0.2, 1.0, 5.0])) for name, cost in MM_TIMES.items()})
+        self.mm_costs = make_mm_costs(
+            {name: cost * float(pick.choice([0.2, 1.0, 5.0])) for name, cost in MM_TIMES.items()}
+        )
         self.engine = Engine(seed, float(pick.choice([0.2, 1.0, 4.0])))
         self.fabric = Fabric()
         self.disruptive = not implicit_only and bool(pick.random() < 0.35)
@@ -211,7 +200,7 @@ class Schedule:
     def any_end(self, main: simpy.Process) -> simpy.Event:
         """The end of the program, or a second: whoever is not through by then never will be."""
         env: Any = self.engine.env
-        return env.any_of([main, env.timeout(1e6)])  # type: ignore[no-any-return]
+        return env.any_of([main, env.timeout(1e6)])
 
     def main(self) -> Wait:
         pick, thread = self.random, self.engine.thread("main")
@@ -222,7 +211,11 @@ class Schedule:
         yield from self.touch_some(thread)
         for host, count in ((self.client, 1), (self.server, int(pick.integers(1, 4)))):
             for number in range(count):
-                kind = "implicit" if self.implicit_only else str(pick.choice(["implicit", "explicit", "pinned"], p=[0.5, 0.4, 0.1]))
+                kind = (
+                    "implicit"
+                    if self.implicit_only
+                    else str(pick.choice(["implicit", "explicit", "pinned"], p=[0.5, 0.4, 0.1]))
+                )
                 if not number and kind == "pinned":
                     kind = "explicit"
                 yield from self.register(host, thread, kind, whole=not number)
@@ -272,7 +265,9 @@ class Schedule:
         """Deregister everything, two at a time."""
         left = [region for host in self.hosts for region in host.regions if not region.dying]
         for pair in itertools.zip_longest(left[::2], left[1::2]):
-            going = [self.engine.start(self.deregister(region, self.engine.thread("close"))) for region in pair if region]
+            going = [
+                self.engine.start(self.deregister(region, self.engine.thread("close"))) for region in pair if region
+            ]
             for process in going:
                 yield from thread.wait(process)
             self.check("close")
@@ -302,7 +297,9 @@ class Schedule:
         first = int(rng.integers(low, self.pages))
         return first, int(rng.integers(1, self.pages - first + 1))
 
-    def register(self, host: Host, thread: Thread, kind: str, whole: bool, rng: np.random.Generator | None = None) -> Wait:
+    def register(
+        self, host: Host, thread: Thread, kind: str, whole: bool, rng: np.random.Generator | None = None
+    ) -> Wait:
         rng = rng or self.random
         first, count = (0, self.pages) if whole else self.span(rng)
         rights = RIGHTS if whole or rng.random() < 0.8 else Access.REMOTE_READ
@@ -336,7 +333,9 @@ class Schedule:
     def traffic(self, number: int, steps: int, rng: np.random.Generator) -> Wait:
         """Messages from the client, over a queue pair and through client pages of the actor's own."""
         thread, client = self.engine.thread(f"traffic {number}"), self.client
-        own = yield from mmap(client.mm, thread, self.pages * PAGE, RW, ANON | MAP_FIXED, addr=(client.first + 32 * (number + 1)) * PAGE)
+        own = yield from mmap(
+            client.mm, thread, self.pages * PAGE, RW, ANON | MAP_FIXED, addr=(client.first + 32 * (number + 1)) * PAGE
+        )
         yield from reg_own(self, client, thread, own)
         source = client.regions[-1] if client.regions[0].kind != "implicit" else client.regions[0]
         pair: tuple[Qp, Qp] | None = None
@@ -348,7 +347,9 @@ class Schedule:
             if fitting is None:
                 continue
             region, first, count = fitting
-            what = str(rng.choice(["write", "write", "read", "send"] if region.rights & Access.REMOTE_WRITE else ["read"]))
+            what = str(
+                rng.choice(["write", "write", "read", "send"] if region.rights & Access.REMOTE_WRITE else ["read"])
+            )
             self.say(thread, what, region.kind, first, count)
             good = yield from self.message(thread, pair, source.mr, own, region, what, first, count)
             if not good:
@@ -437,7 +438,9 @@ class Schedule:
     def cpu_store(self, host: Host, thread: Thread, rng: np.random.Generator) -> Wait:
         first, count = self.span(rng)
         write = self.begin(first, self.values(count), "cpu store")
-        if (yield from self.tried(store(host.mm, thread, host.first + first + np.arange(count), write.values))) is not False:
+        if (
+            yield from self.tried(store(host.mm, thread, host.first + first + np.arange(count), write.values))
+        ) is not False:
             write.end = next(self.order)
 
     def cpu_load(self, host: Host, thread: Thread, rng: np.random.Generator) -> Wait:
@@ -515,7 +518,9 @@ class Schedule:
             if len(mapped) and rng.random() < 0.5:
                 page = int(rng.choice(mapped))
                 write = copy.begin(host.first + page, self.values(1), next(self.order), "child's store")
-                if (yield from self.tried(store(child, thread, np.array([host.first + page]), write.values))) is not False:
+                if (
+                    yield from self.tried(store(child, thread, np.array([host.first + page]), write.values))
+                ) is not False:
                     write.end = next(self.order)
             self.check("child")
         yield from exit_mmap(child, thread)
@@ -527,7 +532,11 @@ class Schedule:
             return
         region = alive[int(rng.integers(len(alive)))]
         first = region.first + int(rng.integers(region.pages))
-        sge = Sge((host.first + first) * PAGE, int(rng.integers(1, region.first + region.pages - first + 1)) * PAGE, region.mr.lkey)
+        sge = Sge(
+            (host.first + first) * PAGE,
+            int(rng.integers(1, region.first + region.pages - first + 1)) * PAGE,
+            region.mr.lkey,
+        )
         advice = int(rng.integers(PREFETCH_NO_FAULT + 1))
         if advice == PREFETCH_WRITE and region.rights != RIGHTS:
             advice = PREFETCH_NO_FAULT
@@ -543,93 +552,6 @@ class Schedule:
         if alive:
             yield from self.deregister(alive[int(rng.integers(len(alive)))], thread)
 
-    # -- invariants -----------------------------------------------------------------------------------------------
-
-    def check(self, what: str) -> None:
-        """What holds at any moment, on both hosts."""
-        try:
-            for host in self.hosts:
-                self.check_host(host)
-        except Broken as error:
-            error.add_note(f"after {what}")
-            raise
-
-    def check_host(self, host: Host) -> None:
-        dma, mkeys = host.hca.dma, host.hca.mkeys
-        need(not dma.stale, "stale DMA: an access through a translation that outlived its page")
-        need(not dma.errors, "DMA address unmapped twice")
-        need(not host.hca.counters.unknown_resumes, "page fault resumed twice")
-        need((host.memory.refcount[: len(dma.mapped)][dma.mapped > 0] > 0).all(), "a free page is mapped for DMA")
-        for mr in odp_regions(host):
-            if not mr.is_odp_implicit:
-                self.check_entries(host, mr)
-                continue
-            table = mkeys.get(mr.mmkey.key)
-            if table is None or table.mkc.free:
-                continue
-            for idx, child in list(mr.implicit_children.items()):
-                need(not child.dead, "a freed child is in implicit_children")
-                self.check_entries(host, child)
-                key = int(table.entries["key"][idx])
-                below = mkeys.get(key)
-                need(below is not None and (not below.mkc.free), "a slot names a key that is gone")
-
-    def check_entries(self, host: Host, mr: Mlx5IbMr) -> None:
-        """Hardware entry => driver's entry => the CPU's page, with no more rights than each allows."""
-        odp, low, high = window(host, mr, self.pages)
-        if odp is None or low >= high:
-            return
-        soft = odp.dma_list[low:high]
-        if self.era < Era.NEW:
-            at = np.flatnonzero(soft)
-            writes = (soft[at] & np.uint64(2)) != 0
-        else:
-            pfns = odp.pfn_list[low:high]
-            at = np.flatnonzero((pfns & MAPPED) == MAPPED)
-            writes = (pfns[at] & WRITE) != 0
-        key = host.hca.mkeys.get(mr.mmkey.key)
-        usable = key is not None and not key.mkc.free and mr.lkey == key.key
-        hard = key.entries[low:high] if usable else NONE  # type: ignore[union-attr]
-        if not len(at):
-            need(not hard.any(), "MTT present for a page that is not mapped")
-            return
-        addresses = soft[at] & ~LOW_BITS
-        frames, stale = host.hca.dma.resolve(addresses)
-        need(not stale.any(), "the driver's list names a DMA address that is not mapped")
-        table = host.mm.table
-        slots = table.slots_of((odp.start >> 12) + low + at)
-        need((slots >= 0).all() and (table.kind[slots] == Kind.PRESENT).all(), "mapped, but the CPU's page is gone")
-        need((table.frame[slots] == frames).all(), "mapped, but the CPU has another page")
-        if not usable:
-            return
-        mine = hard[at]
-        need(np.count_nonzero(hard) == np.count_nonzero(mine), "MTT present for a page that is not mapped")
-        need(((mine == 0) | (mine & ~LOW_BITS == addresses)).all(), "MTT of another page")
-        may = (mine & np.uint64(MTT_WRITE)) != 0
-        if odp.umem_mutex.holder is None:  # else a right may be on its way out of the hardware
-            need(not (may & ~writes).any(), "MTT writable, the driver's entry is not")
-        need(not (may & (table.bits[slots] & Bit.WRITABLE == 0)).any(), "MTT writable, the CPU's entry is not")
-
-    def check_end(self) -> None:
-        """Nothing is left: no fault, no use, no pin, no mapping, no key that two own."""
-        for host in self.hosts:
-            hca, dev = host.hca, host.dev
-            self.check_host(host)
-            need(not hca.outstanding_faults, "a page fault was never resumed")
-            need(hca.counters.resumes == hca.counters.page_faults, "faults and resumes differ")
-            need(dev.odp_pf_eq is None or dev.odp_pf_eq.pool.out == 0, "fault descriptors are lost")
-            need(not dev.odp_mkeys, "keys are left in odp_mkeys")
-            need(all(mr.dead and mr.mmkey.usecount == 0 for mr in host.all_mrs), "uses are left")
-            need(dev.system_unbound_wq.active == 0 and dev.umrc.state <= 1, "work is left")
-            need(hca.dma.live == 0, "pages are still mapped for DMA")
-            need(host.mm.pinned_vm == 0 and not host.memory.pincount.any(), "pins are left")
-            need(dev.umrc.sem.count == 128, "UMR places are lost")
-            free = [key for ent in dev.cache.ents.values() for key in ent.mkeys]
-            need(len(set(free)) == len(free), "a key is in the cache twice")
-            need(all(hca.mkeys.get(key) is not None for key in free), "the cache holds a key that is gone")
-            need("umr" not in refused_steps(self.engine), "a UMR request was refused")
-            check_invariants(host.memory, [mm for mm in host.mms if mm.mm_users or mm.vmas])
-
 
 def reg_own(plan: Schedule, client: Host, thread: Thread, own: int) -> Wait:
     """Unless an implicit region covers everything, register the actor's own pages."""
@@ -638,34 +560,6 @@ def reg_own(plan: Schedule, client: Host, thread: Thread, own: int) -> Wait:
         need(isinstance(mr, Mlx5IbMr), f"registration failed: {mr!r}")
         client.regions.append(Region(mr, "explicit", own // PAGE - client.first, plan.pages, RIGHTS))
         client.all_mrs.append(mr)
-
-
-def odp_regions(host: Host) -> Iterator[Mlx5IbMr]:
-    """On-demand regions that faults can find."""
-    for region in host.regions:
-        if not region.mr.dead and region.kind != "pinned":
-            yield region.mr
-
-
-def window(host: Host, mr: Mlx5IbMr, pages: int) -> tuple[IbUmemOdp | None, int, int]:
-    """Entries of a region, or of a child the few of the area that is used."""
-    odp = mr.umem
-    if not isinstance(odp, IbUmemOdp) or not len(odp.dma_list):
-        return None, 0, 0
-    if mr.parent is None:
-        return odp, 0, odp.num_pages()
-    start = odp.start >> 12
-    end = host.first + (pages if host is host.plan.server else 32 * 9)
-    return odp, max(host.first - start, 0), min(end - start, odp.num_pages())
-
-
-def refused_steps(engine: Engine) -> set[str]:
-    """Names of steps that ended with the status of a refused UMR request."""
-    trace = engine.trace
-    if WcStatus.MW_BIND_ERR.name not in trace.statuses.ids:
-        return set()
-    rows = trace.spans.column("status") == trace.statuses.ids[WcStatus.MW_BIND_ERR.name]
-    return {trace.steps.words[int(number)] for number in np.unique(trace.spans.column("step")[rows])}
 
 
 STEPS = {

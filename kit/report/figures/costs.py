@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cost_breakdown", "driver_costs", "hardware_costs"]
 
+
 def driver_costs(run: Run) -> dict[str, float]:
     """Return microseconds of the driver steps' own time by kind of work, largest first."""
     table = run.trace.spans.array()

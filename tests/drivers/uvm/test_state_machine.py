@@ -149,7 +149,11 @@ class Driver(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever happened, every step ran under a documented caller and in the documented order."""
         if hasattr(self, "h"):
-            strays = [v for v in DOCUMENTED.check(self.h.trace).violations if not v.startswith("pick_and_evict_root_chunk ran")]
+            strays = [
+                v
+                for v in DOCUMENTED.check(self.h.trace).violations
+                if not v.startswith("pick_and_evict_root_chunk ran")
+            ]
             assert not strays, "beside the evictions that the test itself asks for"
 
     @invariant()
