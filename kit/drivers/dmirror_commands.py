@@ -1,15 +1,17 @@
-"""The HMM test driver's looks at an address space: snapshots, and exclusive (atomic) access (lib/test_hmm.c @ 7.0)."""
+"""The HMM test driver's snapshots, exclusive (atomic) access, and the end of its memory (lib/test_hmm.c @ 7.0)."""
 
 from __future__ import annotations
 
 from errno import EBUSY, EINVAL, EPERM
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.drivers.dmirror import Dmirror
+from kit.drivers.dmirror_access import read_back
 from kit.drivers.dmirror_types import (
     DPT_XA_TAG_ATOMIC,
+    FAULT_BATCH,
     HMM_DMIRROR_PROT_DEV_COHERENT_LOCAL,
     HMM_DMIRROR_PROT_DEV_COHERENT_REMOTE,
     HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL,
@@ -21,15 +23,31 @@ from kit.drivers.dmirror_types import (
     HMM_DMIRROR_PROT_READ,
     HMM_DMIRROR_PROT_WRITE,
     HMM_DMIRROR_PROT_ZERO,
-    Dmirror,
+    DmirrorDevice,
     HmmDmirrorCmd,
-)
+)  # fmt: skip
 from kit.errors import Errno
 from kit.memory.exclusive import make_device_exclusive
 from kit.memory.exit import mmput
 from kit.memory.hmm import HMM_RANGE_DEFAULT_TIMEOUT, HmmRange, hmm_pfn_to_map_order, hmm_pfn_to_pfn, hmm_range_fault
 from kit.memory.hmm_entries import HMM_PFN_ERROR, HMM_PFN_VALID, HMM_PFN_WRITE
-from kit.memory.memremap import MEMORY_DEVICE_COHERENT, MEMORY_DEVICE_PRIVATE, DevPagemap, pgmaps_where
+from kit.memory.memremap import (
+    MEMORY_DEVICE_COHERENT,
+    MEMORY_DEVICE_PRIVATE,
+    DevPagemap,
+    memunmap_pages,
+    pgmaps_where,
+)  # fmt: skip
+from kit.memory.migrate_device import (
+    MIGRATE_PFN_COMPOUND,
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_VALID,
+    migrate_device_finalize,
+    migrate_device_pages,
+    migrate_device_range,
+    migrate_pfn,
+    migrate_pfn_to_pfn,
+)  # fmt: skip
 from kit.memory.mmu_notifier import (
     MmuIntervalNotifier,
     MmuIntervalNotifierOps,
@@ -39,16 +57,17 @@ from kit.memory.mmu_notifier import (
     mmu_interval_read_begin,
     mmu_interval_read_retry,
     mmu_interval_set_seq,
-)
+    mmu_notifier_lock,
+)  # fmt: skip
 from kit.memory.pages import ZERO_PFN
+from kit.memory.types import HPAGE_PMD_NR
+from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
-if TYPE_CHECKING:
-    from kit.sim.engine import Thread, Wait
-
-__all__ = ["dmirror_check_atomic", "dmirror_exclusive", "dmirror_snapshot"]
-
-_BATCH = 32  # pages of one look
+__all__ = [
+    "dmirror_check_atomic", "dmirror_device_evict_chunk", "dmirror_device_remove_chunks", "dmirror_exclusive",
+    "dmirror_snapshot",
+]  # fmt: skip
 
 
 @step
@@ -86,7 +105,7 @@ def dmirror_snapshot_invalidate(
 ) -> Wait:
     """Any invalidation of the interval makes the whole snapshot stale: there is nothing to drop."""
     dmirror: Dmirror = sub.user
-    if not (yield from dmirror.lock_for(thread, range)):
+    if not (yield from mmu_notifier_lock(range, thread, dmirror.mutex)):
         return False
     mmu_interval_set_seq(sub, cur_seq)
     yield from dmirror.mutex.release(thread)
@@ -133,9 +152,9 @@ def dmirror_snapshot(dmirror: Dmirror, thread: Thread, cmd: HmmDmirrorCmd) -> Wa
         return Errno(EINVAL, "dmirror_snapshot", "the address space is gone")
     out, ret = cmd.ptr.view(np.uint8), 0
     end = cmd.addr + (cmd.npages << 12)
-    for addr in range(cmd.addr, end, _BATCH << 12):
-        pfns = np.zeros(_BATCH, dtype=np.uint64)
-        last = min(addr + (_BATCH << 12), end)
+    for addr in range(cmd.addr, end, FAULT_BATCH << 12):
+        pfns = np.zeros(FAULT_BATCH, dtype=np.uint64)
+        last = min(addr + (FAULT_BATCH << 12), end)
         asked = HmmRange(MmuIntervalNotifier(dmirror), 0, addr, last, pfns, 0, 0, dmirror.mdevice)
         perm = yield from dmirror_range_snapshot(dmirror, thread, asked)
         if isinstance(perm, int):
@@ -166,7 +185,7 @@ def dmirror_exclusive(dmirror: Dmirror, thread: Thread, cmd: HmmDmirrorCmd) -> W
         mm.memory.put(page)
     yield from mm.mmap_lock.read_release(thread)
     yield from mmput(mm, thread)
-    return ret or (yield from dmirror.read_back(thread, cmd))
+    return ret or (yield from read_back(dmirror, thread, cmd))
 
 
 @waiting_step
@@ -177,7 +196,7 @@ def dmirror_atomic_map(dmirror: Dmirror, thread: Thread, addr: int, page: int, s
     """
     yield from dmirror.mutex.acquire(thread)
     if not dmirror.mdevice.guarded or dmirror.invalidations == since:
-        dmirror.store(addr, np.array([page]), DPT_XA_TAG_ATOMIC)
+        dmirror.store(np.array([addr >> 12]), np.array([page]), DPT_XA_TAG_ATOMIC)
     thread.charge(dmirror.mdevice.costs.device_pte)
     yield from dmirror.mutex.release(thread)
 
@@ -190,3 +209,47 @@ def dmirror_check_atomic(dmirror: Dmirror, thread: Thread, cmd: HmmDmirrorCmd) -
     if (rights == DPT_XA_TAG_ATOMIC).any():
         return Errno(EPERM, "dmirror_check_atomic", "a page is still exclusive to the device")
     return 0
+
+
+@waiting_step
+def dmirror_device_evict_chunk(mdevice: DmirrorDevice, thread: Thread, chunk: DevPagemap) -> Wait:
+    """Bring every page of a chunk home, from whichever address space it is in."""
+    memory = mdevice.memory
+    src = np.zeros(chunk.pages, dtype=np.uint64)
+    dst = src.copy()
+    yield from migrate_device_range(memory, thread, src, chunk.first_pfn, chunk.pages)
+    at = np.flatnonzero((src & MIGRATE_PFN_VALID != 0) & (src & MIGRATE_PFN_MIGRATE != 0))
+    large = src[at] & MIGRATE_PFN_COMPOUND != 0
+    new = memory.alloc_pages(int((~large).sum()))
+    old = migrate_pfn_to_pfn(src[at[~large]])
+    if new is not None and len(new):
+        memory.trylock(new)
+        dst[at[~large]] = migrate_pfn(new)
+        memory.copy(old, new)
+    for each in at[large].tolist():
+        head = memory.alloc_huge()
+        if head is not None:
+            folio = np.arange(head, head + HPAGE_PMD_NR)
+            memory.trylock(folio[:1])
+            dst[each] = migrate_pfn(folio)[0] | MIGRATE_PFN_COMPOUND
+            memory.copy(migrate_pfn_to_pfn(src[each : each + 1]) + np.arange(HPAGE_PMD_NR), folio)
+    huge, moves = np.count_nonzero(dst & MIGRATE_PFN_COMPOUND), np.count_nonzero(dst & MIGRATE_PFN_VALID)
+    carried = int(huge) * (HPAGE_PMD_NR - 1) + int(moves)
+    thread.charge(mdevice.costs.copy_setup * (carried > 0) + mdevice.costs.dma_page * carried)
+    thread.note(pages=carried)
+    yield from migrate_device_pages(memory, thread, src, dst)
+    yield from migrate_device_finalize(memory, thread, src, dst)
+
+
+@waiting_step
+def dmirror_device_remove_chunks(mdevice: DmirrorDevice, thread: Thread) -> Wait:
+    """Evict and unplug all device memory; returns 0, or what memunmap_pages says about pages that stay held."""
+    yield from mdevice.devmem_lock.acquire(thread)
+    ret, chunks = 0, list(mdevice.devmem_chunks)
+    for gone in (mdevice.devmem_chunks, mdevice.free_pages, mdevice.free_folios):
+        del gone[:]
+    for chunk in chunks:
+        yield from dmirror_device_evict_chunk(mdevice, thread, chunk)
+        ret = (yield from memunmap_pages(mdevice.memory, thread, chunk)) or ret
+    yield from mdevice.devmem_lock.release(thread)
+    return ret

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.dmirror_types import HMM_DMIRROR_MEMORY_DEVICE_PRIVATE, DmirrorDevice
+from kit.drivers.dmirror_types import DPT_NONE, HMM_DMIRROR_MEMORY_DEVICE_PRIVATE, DmirrorDevice, Pfns
 from kit.memory.alloc import alloc_folios
 from kit.memory.migrate_device import (
     MIGRATE_PFN_MIGRATE,
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["HAND_OVER", "MIGRATE", "LimitedDevice"]
 
 HAND_OVER, MIGRATE = "hand_over", "migrate"
-Pfns = NDArray[np.integer]
 
 
 class LimitedDevice(DmirrorDevice):
@@ -114,30 +113,30 @@ class LimitedDevice(DmirrorDevice):
         if (kept >= 0).any():
             self.memory.put(kept[kept >= 0])
 
-    def keeps(self, frames: Pfns) -> bool:
-        """Whether the content of any of these frames is in a system page that the driver kept."""
-        return bool((self._kept[np.asarray(frames) - self.first] >= 0).any())
-
-    def home(self, mm: Mm, thread: Thread, frames: Pfns) -> Wait:
-        """Return system pages for device pages (None: out of memory), and which of them have the content already."""
-        at = np.asarray(frames, dtype=np.int64) - self.first
-        held = self._kept[at] >= 0
-        pages = np.where(held, self._kept[at], 0).astype(np.int64)
+    def home(self, mm: Mm, thread: Thread, frames: Pfns, huge: bool) -> Wait:
+        """Return system pages for device pages: those that were kept for them, and new ones."""
+        kept = self._kept[np.asarray(frames, dtype=np.int64) - self.first]
+        held = kept >= 0
+        if not held.any():
+            return (yield from super().home(mm, thread, frames, huge))
+        pages = kept.astype(np.int64)
         if not held.all():
             new = yield from alloc_folios(mm, thread, int((~held).sum()))
             if new is None:
-                return None, held
+                return None
             pages[~held] = new
         self.memory.get(pages[held])  # the driver's own reference goes with the device page
         self.handed_over += int(held.sum())
-        return pages, held
+        return pages
 
     def carry(self, thread: Thread, src: Pfns, dst: Pfns) -> None:
-        """Copy pages with the copy engine: a huge page in one piece, others one by one."""
+        """Copy pages with the copy engine, but what was handed over: a huge page in one piece, others one by one."""
+        content = self.backing(src)
+        src, dst, content = (each[content != dst] for each in (src, dst, content))
         if not len(src):
             return
         out = bool(dst[0] >= self.first)
-        self.memory.copy(self.backing(src), np.asarray(dst, dtype=np.int64))
+        self.memory.copy(content, np.asarray(dst, dtype=np.int64))
         pieces = len(src) if not self.memory.order[dst[0]] else -(-len(src) // HPAGE_PMD_NR)
         start = thread.now
         thread.charge(pieces * self.copy_time(len(src) * 4096 // pieces, out))
@@ -175,8 +174,9 @@ class LimitedDevice(DmirrorDevice):
         self.used -= len(victims)
         self.evicted_pages += len(victims)
         for mirror in self.mirrors:
-            cleared = mirror.forget(victims)
-            thread.charge(self.costs.device_pte * cleared)
+            slots = np.flatnonzero((mirror.pt.rights > DPT_NONE) & np.isin(mirror.pt.frame, victims))
+            mirror.pt.rights[slots] = DPT_NONE
+            thread.charge(self.costs.device_pte * len(slots))
 
     def _migrate_home(self, thread: Thread, victims: NDArray[np.int64]) -> Wait:
         """Move victims to system pages, out of every address space that has them."""

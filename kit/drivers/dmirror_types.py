@@ -1,40 +1,41 @@
-"""The HMM test driver's words and structs (lib/test_hmm_uapi.h and lib/test_hmm.c @ 7.0), and what its device costs."""
+"""The HMM test driver's words (lib/test_hmm_uapi.h @ 7.0), and its device: what it can do and what that costs."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
-from errno import ENOENT
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.errors import Errno
 from kit.memory.alloc import alloc_folios
-from kit.memory.cpu_table import CpuTable, Slots
+from kit.memory.cpu_table import CpuTable
 from kit.memory.memremap import DevPagemap
-from kit.memory.mmu_notifier import MmuIntervalNotifier, MmuNotifierRange
+from kit.memory.migrate_vma import MIGRATE_VMA_SELECT_DEVICE_COHERENT, MIGRATE_VMA_SELECT_DEVICE_PRIVATE
+from kit.memory.types import HPAGE_PMD_NR
 from kit.sim.engine import Lock, Thread, Wait
-from kit.sim.trace import step
 
 if TYPE_CHECKING:
+    from kit.drivers.dmirror import Dmirror
     from kit.memory.mm import Mm
     from kit.memory.pages import PhysicalMemory
     from kit.memory.vma import Vma
-    from kit.sim.engine import Thread, Wait
 
 __all__ = [
-    "COSTS", "DEVMEM_CHUNK_SIZE", "DPT_NONE", "DPT_READ", "DPT_XA_TAG_ATOMIC", "DPT_XA_TAG_WRITE",
+    "COSTS", "DEVMEM_CHUNK_SIZE", "DPT_NONE", "DPT_READ", "DPT_XA_TAG_ATOMIC", "DPT_XA_TAG_WRITE", "FAULT_BATCH",
     "HMM_DMIRROR_CHECK_EXCLUSIVE", "HMM_DMIRROR_EXCLUSIVE", "HMM_DMIRROR_FLAGS", "HMM_DMIRROR_FLAG_FAIL_ALLOC",
     "HMM_DMIRROR_MEMORY_DEVICE_COHERENT", "HMM_DMIRROR_MEMORY_DEVICE_PRIVATE", "HMM_DMIRROR_MIGRATE_TO_DEV",
     "HMM_DMIRROR_MIGRATE_TO_SYS", "HMM_DMIRROR_PROT_DEV_COHERENT_LOCAL", "HMM_DMIRROR_PROT_DEV_COHERENT_REMOTE",
     "HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL", "HMM_DMIRROR_PROT_DEV_PRIVATE_REMOTE", "HMM_DMIRROR_PROT_ERROR",
     "HMM_DMIRROR_PROT_NONE", "HMM_DMIRROR_PROT_PMD", "HMM_DMIRROR_PROT_PUD", "HMM_DMIRROR_PROT_READ",
     "HMM_DMIRROR_PROT_WRITE", "HMM_DMIRROR_PROT_ZERO", "HMM_DMIRROR_READ", "HMM_DMIRROR_RELEASE",
-    "HMM_DMIRROR_SNAPSHOT", "HMM_DMIRROR_WRITE", "Bounce", "Dmirror", "DmirrorDevice", "FreeList", "HmmDmirrorCmd",
+    "HMM_DMIRROR_SNAPSHOT", "HMM_DMIRROR_WRITE", "DmirrorDevice", "DmirrorFile", "HmmDmirrorCmd", "Pfns",
 ]  # fmt: skip
+
+Pfns = NDArray[np.integer]
 
 (
     HMM_DMIRROR_READ, HMM_DMIRROR_WRITE, HMM_DMIRROR_MIGRATE_TO_DEV, HMM_DMIRROR_MIGRATE_TO_SYS, HMM_DMIRROR_SNAPSHOT,
@@ -48,6 +49,8 @@ HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL, HMM_DMIRROR_PROT_DEV_PRIVATE_REMOTE = 0x20, 
 HMM_DMIRROR_PROT_DEV_COHERENT_LOCAL, HMM_DMIRROR_PROT_DEV_COHERENT_REMOTE = 0x40, 0x50
 HMM_DMIRROR_MEMORY_DEVICE_PRIVATE, HMM_DMIRROR_MEMORY_DEVICE_COHERENT = 1, 2
 DEVMEM_CHUNK_SIZE = 256 << 20  # bytes
+FAULT_BATCH = 32  # pages of one hmm_range_fault: the driver keeps the answers on its stack
+PTRS_PER_PTE = 512  # pages of one migration
 DPT_NONE, DPT_READ, DPT_XA_TAG_WRITE, DPT_XA_TAG_ATOMIC = range(4)  # rights in the device's page table
 
 # Microseconds that a profile may give, and what each pays for; what is not given is free.
@@ -90,75 +93,35 @@ class HmmDmirrorCmd:
         return whole[:, :words]
 
 
-class Dmirror:
-    """struct dmirror: one open device file, mirroring the address space of who opened it.
+class DmirrorFile:
+    """An open file as the kernel's tests see it: what the device's page table holds, flags, and a mapping."""
 
-    ``pt``, the device's page table, is read and written under ``mutex``, which the invalidation takes too.
-    """
-
-    def __init__(self, mdevice: DmirrorDevice, mm: Mm) -> None:
-        self.mdevice, self.mm = mdevice, mm
-        self.pt = CpuTable()
-        self.notifier = MmuIntervalNotifier(self)
-        self.mutex = Lock()
-        self.flags = 0
-        self.invalidations = 0  # by others than the device's own migrations
-        self.id = len(mdevice.mirrors)  # what zone_device_data of its device pages holds
-        mdevice.mirrors.append(self)
-
-    def lock_for(self, thread: Thread, range: MmuNotifierRange) -> Wait:
-        """Take the mutex if the invalidation may sleep or it is free; return whether it was taken."""
-        yield from thread.sync()
-        if not range.blockable and self.mutex.holder is not None:
-            return False
-        yield from self.mutex.acquire(thread)
-        return True
-
-    def read_back(self, thread: Thread, cmd: HmmDmirrorCmd) -> Wait:
-        """Let the device read a range without faulting, for the user to compare; -ENOENT where it cannot."""
-        bounce = Bounce(self, cmd)
-        yield from self.mutex.acquire(thread)
-        ret = bounce.dmirror_do_read(thread, cmd.addr, cmd.addr + (cmd.npages << 12))
-        yield from self.mutex.release(thread)
-        cmd.cpages = bounce.cpages
-        if not ret:
-            cmd.rows(bounce.data.shape[1])[:] = bounce.data
-        return ret
-
-    def mmap(self, vma: Vma, thread: Thread) -> Wait:
-        """Have the file itself mapped: what the area's operations are asked."""
-        from kit.drivers.dmirror import dmirror_fops_mmap
-
-        return (yield from dmirror_fops_mmap(self, thread, vma))
+    mm: Mm
+    mdevice: DmirrorDevice
+    pt: CpuTable
+    flags = 0  # HMM_DMIRROR_FLAG_*
 
     def load(self, start: int, end: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         """Return rights (DPT_*) and frames of bytes [start, end)."""
         slots = self.pt.slots(start >> 12, end - start >> 12)
         return self.pt.rights[slots], self.pt.frame[slots]
 
-    def store(self, start: int, frames: NDArray[np.integer], rights: NDArray[np.integer] | int) -> None:
-        """Write entries from byte `start` on."""
-        slots: Slots = self.pt.slots(start >> 12, len(frames), create=True)
+    def store(self, pages: Pfns, frames: Pfns, rights: Pfns | int) -> None:
+        """Write the entries of `pages`."""
+        slots = self.pt.slots_of(pages, create=True)
         self.pt.frame[slots], self.pt.rights[slots] = frames, rights
 
-    def forget(self, frames: NDArray[np.integer]) -> int:
-        """Clear every entry for one of these frames; return how many there were."""
-        slots = np.flatnonzero((self.pt.rights > 0) & np.isin(self.pt.frame, frames))
-        self.pt.rights[slots] = DPT_NONE
-        return len(slots)
+    def refuses(self) -> bool:
+        """Whether the next allocation was told to fail (HMM_DMIRROR_FLAG_FAIL_ALLOC); only that one."""
+        fails = bool(self.flags & HMM_DMIRROR_FLAG_FAIL_ALLOC)
+        self.flags &= ~HMM_DMIRROR_FLAG_FAIL_ALLOC
+        return fails
 
-    def slots_in(self, first: int, last: int) -> NDArray[np.int64]:
-        """Return the slots of the entries of pages `first` to `last` (inclusive)."""
-        numbers, rows = self.pt.leaves(first, last - first + 1)
-        lanes = np.arange(512)
-        pages, slots = (numbers[:, None] * 512 + lanes).ravel(), (rows[:, None] * 512 + lanes).ravel()
-        return np.asarray(slots[(pages >= first) & (pages <= last) & (self.pt.rights[slots] > 0)])
+    def mmap(self, vma: Vma, thread: Thread) -> Wait:
+        """Have the file itself mapped: what the area's operations are asked."""
+        from kit.drivers.dmirror_ioctl import dmirror_fops_mmap
 
-    def erase(self, first: int, last: int) -> int:
-        """Clear the entries of pages `first` to `last` (inclusive); return how many there were."""
-        slots = self.slots_in(first, last)
-        self.pt.rights[slots] = DPT_NONE
-        return len(slots)
+        return (yield from dmirror_fops_mmap(self, thread, vma))
 
 
 class DmirrorDevice:
@@ -170,11 +133,9 @@ class DmirrorDevice:
     unit : int
         Its device number, and its bit in the residency masks of the trace's moves is ``unit + 1``.
     zone_device_type : int
-        HMM_DMIRROR_MEMORY_DEVICE_PRIVATE, whose memory grows chunk by chunk, or _COHERENT, which has one chunk.
+        HMM_DMIRROR_MEMORY_DEVICE_PRIVATE, whose memory grows by chunks of `chunk_pages`, or _COHERENT: one chunk.
     costs : mapping of str to float, optional
         Microseconds by the names of COSTS.
-    chunk_pages : int
-        Pages of a chunk.
 
     Attributes
     ----------
@@ -190,17 +151,34 @@ class DmirrorDevice:
         costs: Mapping[str, float] | None = None, chunk_pages: int = DEVMEM_CHUNK_SIZE >> 12,
     ) -> None:  # fmt: skip
         self.memory, self.unit, self.zone_device_type, self.chunk_pages = memory, unit, zone_device_type, chunk_pages
+        self.grows = zone_device_type == HMM_DMIRROR_MEMORY_DEVICE_PRIVATE
+        self.select_device = MIGRATE_VMA_SELECT_DEVICE_PRIVATE if self.grows else MIGRATE_VMA_SELECT_DEVICE_COHERENT
         self.costs = SimpleNamespace(**{**dict.fromkeys(COSTS, 0.0), **(costs or {})})
         self.devmem_chunks: list[DevPagemap] = []
-        self.devmem_lock = Lock()
-        self.calloc = self.cfree = 0
-        self.free_pages, self.free_folios = FreeList(), FreeList()
+        self.devmem_lock, self.calloc, self.cfree = Lock(), 0, 0
+        self.free_pages, self.free_folios = array("q"), array("q")  # stacks: the page freed last is taken first
         self.mirrors: list[Dmirror] = []
         self.guarded = False
 
-    # What another device does in its own way (`kit.drivers.dmirror_limited`)
+    def take(self, n: int, is_large: bool) -> NDArray[np.int64]:
+        """Take up to `n` free pages, or heads of free folios, the one freed last first."""
+        free = self.free_folios if is_large else self.free_pages
+        at = max(len(free) - n, 0)
+        taken = np.array(free[at:])[::-1]
+        del free[at:]
+        return taken
 
-    def backing(self, frames: NDArray[np.integer]) -> NDArray[np.integer]:
+    def leaving(self, dmirror: Dmirror, thread: Thread, start: int, end: int) -> Wait:
+        """A range is about to be copied: a guarded device may only read it, as what it writes would be lost."""
+        if self.guarded:
+            yield from dmirror.mutex.acquire(thread)
+            slots = dmirror.pt.mapped(start >> 12, (end >> 12) - 1)
+            dmirror.pt.rights[slots[dmirror.pt.rights[slots] == DPT_XA_TAG_WRITE]] = DPT_READ
+            yield from dmirror.mutex.release(thread)
+
+    # What a device with limited memory does in its own way (`kit.drivers.dmirror_limited`)
+
+    def backing(self, frames: Pfns) -> Pfns:
         """Return the frames that hold the content of these (BACKING_PAGE); here device frames hold their own."""
         return frames
 
@@ -209,88 +187,20 @@ class DmirrorDevice:
         yield from ()
         return pages
 
-    def arrived(self, frames: NDArray[np.integer]) -> None:
+    def arrived(self, frames: Pfns) -> None:
         """Pages of the device were handed out."""
 
-    def left(self, frames: NDArray[np.integer]) -> None:
+    def left(self, frames: Pfns) -> None:
         """Pages of the device are free again."""
 
-    def keeps(self, frames: NDArray[np.integer]) -> bool:
-        """Whether the content of any of these frames is in a system page that the driver kept."""
-        return False
+    def home(self, mm: Mm, thread: Thread, frames: Pfns, huge: bool) -> Wait:
+        """Return system pages for device pages, a folio of them if `huge` and there is one; None: memory is out."""
+        head = self.memory.alloc_huge() if huge else None
+        if head is not None:
+            return np.arange(head, head + HPAGE_PMD_NR)
+        return (yield from alloc_folios(mm, thread, len(frames)))
 
-    def home(self, mm: Mm, thread: Thread, frames: NDArray[np.integer]) -> Wait:
-        """Return system pages for device pages (None: out of memory), and which of them have the content already."""
-        pages = yield from alloc_folios(mm, thread, len(frames))
-        return pages, np.zeros(len(frames), dtype=np.bool_)
-
-    def carry(self, thread: Thread, src: NDArray[np.integer], dst: NDArray[np.integer]) -> None:
+    def carry(self, thread: Thread, src: Pfns, dst: Pfns) -> None:
         """The device's DMA engine copies pages."""
         self.memory.copy(src, dst)
         thread.charge(self.costs.copy_setup + (self.costs.dma_map + self.costs.dma_page) * len(src))
-
-
-class FreeList:
-    """A stack of free pages: last in, first out, as the driver's list through zone_device_data."""
-
-    def __init__(self) -> None:
-        self._pfns = np.zeros(0, dtype=np.int64)
-        self._depth = 0
-
-    def __len__(self) -> int:
-        return self._depth
-
-    def push(self, pfns: NDArray[np.integer]) -> None:
-        """Put pages on it, the last on top."""
-        need = self._depth + len(pfns)
-        if need > len(self._pfns):
-            self._pfns = np.concatenate([self._pfns[: self._depth], np.zeros(need, dtype=np.int64)])
-        self._pfns[self._depth : need] = pfns
-        self._depth = need
-
-    def pop(self, n: int) -> NDArray[np.int64]:
-        """Take up to `n` pages from the top."""
-        n = min(n, self._depth)
-        self._depth -= n
-        return self._pfns[self._depth : self._depth + n][::-1].copy()
-
-    def clear(self) -> None:
-        """Forget all pages."""
-        self._depth = 0
-
-
-class Bounce:
-    """struct dmirror_bounce: the kernel's copy of the user's buffer, and the two directions in which it is used."""
-
-    def __init__(self, dmirror: Dmirror, cmd: HmmDmirrorCmd, filled: bool = False) -> None:
-        words = dmirror.mm.memory.words
-        self.dmirror, self.addr, self.cpages = dmirror, cmd.addr, 0
-        self.data = cmd.rows(words).copy() if filled else np.zeros((cmd.npages, words), dtype=np.uint64)
-
-    @step
-    def dmirror_do_read(self, thread: Thread, start: int, end: int) -> int:
-        """Copy what the device sees until an entry is missing (-ENOENT); under the mutex."""
-        rights, frames = self.dmirror.load(start, end)
-        pages, at = self._reach(rights != DPT_NONE), start - self.addr >> 12
-        self.data[at : at + pages] = self.dmirror.mm.memory.payload[self.dmirror.mdevice.backing(frames[:pages])]
-        return self._done(thread, start, end, pages)
-
-    @step
-    def dmirror_do_write(self, thread: Thread, start: int, end: int) -> int:
-        """Write through the device until an entry is missing or not writable (-ENOENT); under the mutex."""
-        rights, frames = self.dmirror.load(start, end)
-        pages, at = self._reach(rights == DPT_XA_TAG_WRITE), start - self.addr >> 12
-        self.dmirror.mm.memory.payload[self.dmirror.mdevice.backing(frames[:pages])] = self.data[at : at + pages]
-        return self._done(thread, start, end, pages)
-
-    def _reach(self, allowed: NDArray[np.bool_]) -> int:
-        return len(allowed) if allowed.all() else int(allowed.argmin())
-
-    def _done(self, thread: Thread, start: int, end: int, pages: int) -> int:
-        costs = self.dmirror.mdevice.costs
-        self.cpages += pages
-        thread.charge(costs.dma_page * pages + costs.copy_setup * (pages > 0))
-        thread.note(va=start, pages=pages, bytes=pages << 12)
-        if pages == end - start >> 12:
-            return 0
-        return Errno(ENOENT, "dmirror_do_read", f"{start + (pages << 12):#x} is not in the device's page table")

@@ -102,6 +102,12 @@ class CpuTable(PageTable):
         which, index = np.nonzero(used)
         return np.asarray(rows[which] * _LEAF + index)
 
+    def mapped(self, first: int, last: int) -> NDArray[np.int64]:
+        """Return the slots of pages `first` to `last` (inclusive) with any rights, in ascending page order."""
+        numbers, rows = self.leaves(first, last - first + 1)
+        pages, slots = ((each[:, None] * _LEAF + np.arange(_LEAF)).ravel() for each in (numbers, rows))
+        return np.asarray(slots[(pages >= first) & (pages <= last) & (self.rights[slots] > 0)])
+
     def leads(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which slots stand for a mapping of their own: PTEs, and the first of each PMD or PUD leaf."""
         rows = slots >> _SHIFT

@@ -31,6 +31,7 @@ from kit.memory.migrate_vma import (
     MigrateVma,
     migrate_pfn,
     migrate_pfn_to_pfn,
+    migrate_pieces,
 )
 from kit.memory.rmap import remove_migration_ptes, try_to_migrate
 from kit.memory.types import PG, VM_HUGETLB, VM_SPECIAL
@@ -45,7 +46,7 @@ __all__ = [
     "MIGRATE_VMA_SELECT_COMPOUND", "MIGRATE_VMA_SELECT_DEVICE_COHERENT", "MIGRATE_VMA_SELECT_DEVICE_PRIVATE",
     "MIGRATE_VMA_SELECT_SYSTEM", "MigratePfns", "MigrateVma", "migrate_device_coherent_folio",
     "migrate_device_finalize", "migrate_device_pages", "migrate_device_pfns", "migrate_device_range", "migrate_pfn",
-    "migrate_pfn_to_pfn", "migrate_vma_finalize", "migrate_vma_pages", "migrate_vma_setup",
+    "migrate_pfn_to_pfn", "migrate_pieces", "migrate_vma_finalize", "migrate_vma_pages", "migrate_vma_setup",
 ]  # fmt: skip
 
 _VALID, _MIGRATE, _COMPOUND = (np.uint64(f) for f in (MIGRATE_PFN_VALID, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_COMPOUND))

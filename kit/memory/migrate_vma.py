@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.memory.types import HPAGE_PMD_NR
 from kit.memory.vma import Vma
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "MigrateVma",
     "migrate_pfn",
     "migrate_pfn_to_pfn",
+    "migrate_pieces",
 ]  # fmt: skip
 
 MIGRATE_PFN_VALID, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_WRITE, MIGRATE_PFN_COMPOUND = 1 << 0, 1 << 1, 1 << 3, 1 << 4
@@ -85,3 +88,21 @@ def migrate_pfn(pfns: NDArray[np.integer]) -> MigratePfns:
 def migrate_pfn_to_pfn(words: MigratePfns) -> NDArray[np.int64]:
     """Return the pfn that each word names; meaningless where it is not VALID."""
     return (words >> np.uint64(MIGRATE_PFN_SHIFT)).astype(np.int64)
+
+
+def migrate_pieces(words: MigratePfns, at: NDArray[np.integer]) -> Iterator[tuple[NDArray[np.integer], MigratePfns]]:
+    """Yield what moves in one piece: the pages of each compound entry of `words[at]`, then all single pages together.
+
+    Yields
+    ------
+    at : ndarray, shape (n,)
+        Where the pages are in `words`.
+    each : ndarray of uint64, shape (n,)
+        A word for every page: those of a compound entry repeat its flags, and name pages one after the other.
+    """
+    large = words[at] & np.uint64(MIGRATE_PFN_COMPOUND) != 0
+    lanes = np.arange(HPAGE_PMD_NR)
+    for head in at[large].tolist():
+        yield head + lanes, words[head] + (lanes.astype(np.uint64) << np.uint64(MIGRATE_PFN_SHIFT))
+    if not large.all():
+        yield at[~large], words[at[~large]]

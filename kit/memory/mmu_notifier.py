@@ -24,7 +24,7 @@ from kit.memory.mmu_notifier_types import (
     MmuNotifierRange,
     MmuNotifierSubscriptions,
 )
-from kit.sim.engine import Thread, Wait
+from kit.sim.engine import Lock, Thread, Wait
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ __all__ = [
     "MmuNotifierSubscriptions", "mmu_interval_check_retry", "mmu_interval_notifier_insert",
     "mmu_interval_notifier_insert_locked", "mmu_interval_notifier_remove", "mmu_interval_read_begin",
     "mmu_interval_read_retry", "mmu_interval_set_seq", "mmu_notifier_invalidate_range_end",
-    "mmu_notifier_invalidate_range_start", "mmu_notifier_invalidate_range_start_nonblock",
+    "mmu_notifier_invalidate_range_start", "mmu_notifier_invalidate_range_start_nonblock", "mmu_notifier_lock",
     "mmu_notifier_range_blockable", "mmu_notifier_register", "mmu_notifier_release", "mmu_notifier_unregister",
 ]  # fmt: skip
 
@@ -43,6 +43,15 @@ __all__ = [
 def mmu_notifier_range_blockable(range: MmuNotifierRange) -> bool:
     """Whether callbacks may sleep."""
     return range.blockable
+
+
+def mmu_notifier_lock(range: MmuNotifierRange, thread: Thread, lock: Lock) -> Wait:
+    """Take a driver's user lock if callbacks may sleep or it is free; return whether it was taken."""
+    yield from thread.sync()
+    if not range.blockable and lock.holder is not None:
+        return False
+    yield from lock.acquire(thread)
+    return True
 
 
 def mmu_interval_set_seq(sub: MmuIntervalNotifier, cur_seq: int) -> None:

@@ -7,9 +7,11 @@ from errno import EFAULT, EINVAL, ENOENT, EPERM
 import numpy as np
 import pytest
 
-from kit.drivers import dmirror as driver
-from kit.drivers.dmirror import *  # noqa: F403
-from kit.drivers.dmirror import DmirrorDevice, HmmDmirrorCmd, dmirror_device_init, dmirror_fops_open
+from kit.drivers import dmirror_types as driver
+from kit.drivers.dmirror import dmirror_device_init, dmirror_fops_open, dmirror_fops_release
+from kit.drivers.dmirror_ioctl import dmirror_fops_unlocked_ioctl
+from kit.drivers.dmirror_types import *  # noqa: F403
+from kit.drivers.dmirror_types import DmirrorDevice, HmmDmirrorCmd
 from kit.memory.access import load, store
 from kit.memory.costs import COSTS, make_costs
 from kit.memory.exit import exit_mmap
@@ -64,7 +66,7 @@ class World:
     def cmd(self, command, start, pages, buffer=None):
         buffer = np.zeros(max(pages, 1), dtype=np.uint64) if buffer is None else buffer
         cmd = HmmDmirrorCmd(start, buffer, pages, -1, -1)
-        return self.run(driver.dmirror_fops_unlocked_ioctl(self.d, self.t, command, cmd)), cmd
+        return self.run(dmirror_fops_unlocked_ioctl(self.d, self.t, command, cmd)), cmd
 
     def kinds(self, start, pages):
         return self.mm.table.kind[self.mm.table.slots_of(self.numbers(start, pages))]
@@ -248,7 +250,7 @@ def test_invalidation_in_the_middle_of_a_fault_makes_it_start_again():
         return (yield from mprotect(world.mm, other, start, 16 << 12, PROT_READ))
 
     cmd = HmmDmirrorCmd(start, world.stamps(start, 32, 8), 32)
-    ret, ret2 = world.run(driver.dmirror_fops_unlocked_ioctl(world.d, world.t, WRITE, cmd), protect())
+    ret, ret2 = world.run(dmirror_fops_unlocked_ioctl(world.d, world.t, WRITE, cmd), protect())
     assert ret2 == 0 and ret in (0, -EPERM)
     rights, frames = world.d.load(start, start + (32 << 12))
     table = world.mm.table
@@ -270,7 +272,7 @@ def test_unmap_at_any_moment_of_a_read_leaves_no_stale_entry(when):
         return (yield from munmap(world.mm, other, start + (64 << 12), 64 << 12))
 
     cmd = HmmDmirrorCmd(start, np.zeros(128, dtype=np.uint64), 128)
-    ret, ret2 = world.run(driver.dmirror_fops_unlocked_ioctl(world.d, world.t, READ, cmd), unmap())
+    ret, ret2 = world.run(dmirror_fops_unlocked_ioctl(world.d, world.t, READ, cmd), unmap())
     assert ret2 == 0
     if ret == 0:
         assert cmd.cpages == 128 and (cmd.ptr == world.stamps(start, 128)).all()
@@ -283,7 +285,7 @@ def test_nothing_is_left_after_exit():
     world.cmd(TO_DEV, start, 300)
     world.cmd(READ, start, 600)
     world.cmd(driver.HMM_DMIRROR_EXCLUSIVE, start + (400 << 12), 5)
-    world.run(driver.dmirror_fops_release(world.d, world.t))
+    world.run(dmirror_fops_release(world.d, world.t))
     world.run(exit_mmap(world.mm, world.t))
     assert np.count_nonzero(world.memory.refcount) == 1 and world.device.calloc == world.device.cfree
     assert not world.memory.mapcount.any() and not any(world.mm.rss.values())

@@ -14,19 +14,16 @@ from typing import Any
 import numpy as np
 import simpy
 
-from kit.drivers.dmirror import *  # noqa: F403 - the documented names of test_hmm_uapi.h
-from kit.drivers.dmirror import (
+from kit.drivers.dmirror import Dmirror, dmirror_device_init, dmirror_fops_open, dmirror_fops_release
+from kit.drivers.dmirror_ioctl import dmirror_fops_unlocked_ioctl
+from kit.drivers.dmirror_types import *  # noqa: F403 - the documented names of test_hmm_uapi.h
+from kit.drivers.dmirror_types import (
     HMM_DMIRROR_MEMORY_DEVICE_COHERENT,
     HMM_DMIRROR_MEMORY_DEVICE_PRIVATE,
     HMM_DMIRROR_MIGRATE_TO_DEV,
     HMM_DMIRROR_MIGRATE_TO_SYS,
-    Dmirror,
     DmirrorDevice,
     HmmDmirrorCmd,
-    dmirror_device_init,
-    dmirror_fops_open,
-    dmirror_fops_release,
-    dmirror_fops_unlocked_ioctl,
 )
 from kit.memory.access import load, read_bytes, store, write_bytes
 from kit.memory.costs import COSTS, make_costs

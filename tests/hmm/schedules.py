@@ -34,7 +34,7 @@ from hmm.harness import (
 )
 from hmm.registers import Registers
 
-from kit.drivers.dmirror_devmem import dmirror_device_evict_chunk
+from kit.drivers.dmirror_commands import dmirror_device_evict_chunk
 from kit.drivers.dmirror_types import DPT_READ
 from kit.errors import DriverError
 from kit.memory.reclaim import reclaim_pages

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.dmirror import (
+from kit.drivers.dmirror import Dmirror
+from kit.drivers.dmirror_ioctl import dmirror_fops_unlocked_ioctl
+from kit.drivers.dmirror_types import (
+    DPT_NONE,
+    DPT_XA_TAG_WRITE,
     HMM_DMIRROR_MIGRATE_TO_DEV,
     HMM_DMIRROR_MIGRATE_TO_SYS,
     HMM_DMIRROR_READ,
     HMM_DMIRROR_WRITE,
-    Dmirror,
     HmmDmirrorCmd,
-    dmirror_fops_unlocked_ioctl,
 )
-from kit.drivers.dmirror_types import DPT_NONE, DPT_XA_TAG_WRITE
 from kit.errors import DriverError, Errno
 from kit.flows.hmm_mirror.structure import Pages
 from kit.memory.types import PAGE

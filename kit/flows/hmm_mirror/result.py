@@ -22,8 +22,8 @@ from kit.memory.pages import ZERO_PFN
 from kit.memory.types import PAGE, Bit, Kind
 
 if TYPE_CHECKING:
+    from kit.drivers.dmirror import Dmirror
     from kit.drivers.dmirror_limited import LimitedDevice
-    from kit.drivers.dmirror_types import Dmirror
     from kit.flows.documented import Conformance
     from kit.flows.hmm_mirror.session import Session
     from kit.memory.mm import Mm

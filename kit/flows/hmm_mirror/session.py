@@ -9,15 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.dmirror import (
-    HMM_DMIRROR_MEMORY_DEVICE_COHERENT,
-    HMM_DMIRROR_MEMORY_DEVICE_PRIVATE,
-    Dmirror,
-    dmirror_device_init,
-    dmirror_fops_open,
-    dmirror_fops_release,
-)
+from kit.drivers.dmirror import Dmirror, dmirror_device_init, dmirror_fops_open, dmirror_fops_release
 from kit.drivers.dmirror_limited import LimitedDevice
+from kit.drivers.dmirror_types import HMM_DMIRROR_MEMORY_DEVICE_COHERENT, HMM_DMIRROR_MEMORY_DEVICE_PRIVATE
 from kit.errors import ParameterError, raise_for
 from kit.flows.documented import Documented
 from kit.flows.hmm_mirror.device import DeviceProcessor

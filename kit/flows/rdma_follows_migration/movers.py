@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.dmirror import (
+from kit.drivers.dmirror import Dmirror, dmirror_device_init, dmirror_fops_open, dmirror_fops_release
+from kit.drivers.dmirror_ioctl import dmirror_fops_unlocked_ioctl
+from kit.drivers.dmirror_types import (
+    COSTS,
     HMM_DMIRROR_MIGRATE_TO_DEV,
     HMM_DMIRROR_WRITE,
-    Dmirror,
     DmirrorDevice,
     HmmDmirrorCmd,
-    dmirror_device_init,
-    dmirror_fops_open,
-    dmirror_fops_release,
-    dmirror_fops_unlocked_ioctl,
 )
-from kit.drivers.dmirror_types import COSTS
 from kit.errors import Errno, raise_for
 from kit.flows.rdma.content import PAGE, Area, message_bytes
 from kit.memory.special import unmap_mapping_range

@@ -151,21 +151,23 @@ def test_registration_of_512_mib_and_more_in_several_requests(era):
 
 @pytest.mark.parametrize("era", ERAS)
 def test_pages_in_device_memory_come_home_for_a_fault_and_only_for_a_fault(era):
-    from kit.drivers import dmirror as driver
+    from kit.drivers import dmirror_types as driver
+    from kit.drivers.dmirror import dmirror_device_init, dmirror_fops_open
+    from kit.drivers.dmirror_ioctl import dmirror_fops_unlocked_ioctl
     from kit.drivers.mlx5.advise import ADVISE_FLUSH, PREFETCH_NO_FAULT, ib_uverbs_advise_mr
     from kit.drivers.mlx5.descriptors import Sge
 
     rig = Rig(era, device_frames=1 << 14)
     device = driver.DmirrorDevice(rig.memory, 0, chunk_pages=1024)
-    assert driver.dmirror_device_init(device, rig.thread) == 0
-    opened = rig.run(driver.dmirror_fops_open(device, rig.thread, rig.mm))
+    assert dmirror_device_init(device, rig.thread) == 0
+    opened = rig.run(dmirror_fops_open(device, rig.thread, rig.mm))
     va = rig.mmap(16)
     rig.run(store(rig.mm, rig.thread, numbers(va // PAGE, 16), np.arange(16, dtype=np.uint64) + np.uint64(50)))
     follows = rig.reg(va, 16 * PAGE)
     assert follows.umem.npages == 16
     cmd = driver.HmmDmirrorCmd(va, np.zeros(16, dtype=np.uint64), 16)
     command = driver.HMM_DMIRROR_MIGRATE_TO_DEV
-    assert rig.run(driver.dmirror_fops_unlocked_ioctl(opened, rig.thread, command, cmd)) == 0
+    assert rig.run(dmirror_fops_unlocked_ioctl(opened, rig.thread, command, cmd)) == 0
 
     def away() -> int:
         return int((rig.memory.pgmap[rig.mm.table.frame[rig.mm.table.slots_of(numbers(va // PAGE, 16))]] > 0).sum())
