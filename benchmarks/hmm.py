@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,7 @@ def selftests() -> list[Figure]:
     rooms = {room.__name__ for room in (selftest_memory, selftest_migrate, selftest_huge)}
     names = [n for n, case in CASES.items() if case.program.__module__ in rooms and n != "migrate_file_private"]
     walls = {
-        (name, coherent): timed(lambda name=name, coherent=coherent: CASES[name].run(coherent))  # type: ignore[misc]
-        for name in names
-        for coherent in (False, True)
+        (name, coherent): timed(partial(CASES[name].run, coherent)) for name in names for coherent in (False, True)
     }
     slowest = max(walls, key=walls.__getitem__)
     beside = f"the aim; the slowest, {slowest[0]}, takes {walls[slowest]:.1f} s"
