@@ -186,7 +186,7 @@ def _collect_ptes(migrate: MigrateVma, thread: Thread, selection: Selection, pag
         empty |= present & (frame == ZERO_PFN)
     eligible = _eligible(selection, migrate, kind, bits, frame)
     whole = np.flatnonzero(eligible & (memory.order[np.where(eligible, frame, 0)] > 0))
-    for at_whole in whole[np.diff(page + whole >> 9, prepend=-1) != 0].tolist():
+    for at_whole in whole[np.diff(page + whole >> 9, prepend=-1) != 0].tolist() if len(whole) else ():
         # A folio that could not be split: nothing from there to the end of the PMD is collected.
         rest = slice(at_whole, ((page + at_whole | HPAGE_PMD_NR - 1) + 1) - page)
         eligible[rest] = empty[rest] = False
@@ -212,7 +212,8 @@ def _collect_ptes(migrate: MigrateVma, thread: Thread, selection: Selection, pag
     write = np.where(old_bits & np.uint8(Bit.WRITABLE), MIGRATE_PFN_WRITE, 0).astype(np.uint64)
     src[at] = migrate_pfn(pfns) | write | np.uint64(MIGRATE_PFN_MIGRATE)
     migrate.cpages += int(np.count_nonzero(empty)) + len(at)
-    flushed = len(np.flatnonzero(np.diff(at[old_kind == Kind.PRESENT] + page >> 9, prepend=-1)))
+    tables = at[old_kind == Kind.PRESENT] + page >> 9
+    flushed = 1 + int(np.count_nonzero(tables[1:] != tables[:-1])) if len(tables) else 0
     costs = mm.costs
     thread.charge(costs.pte_read * len(kind) + costs.migrate_entry * len(at) + costs.tlb_flush * flushed)
     thread.note(va=page << 12, pages=len(at))
@@ -232,6 +233,8 @@ def _eligible(
 
 def _pte_run(migrate: MigrateVma, page: int, end: int) -> int:
     """Return where the run of PTE tables that begins at `page` ends."""
+    if end <= (page | HPAGE_PMD_NR - 1) + 1:  # no further than this table
+        return end
     table = migrate.area.mm.table
     numbers, rows = table.leaves(page, min(end - page, _STRETCH))
     good = (np.diff(numbers, prepend=numbers[0] - 1) == 1) & (table.leaf_level[rows] == Leaf.PTE)
@@ -244,6 +247,8 @@ def _split_large_folios(migrate: MigrateVma, thread: Thread, selection: Selectio
     mm, memory = migrate.area.mm, migrate.area.mm.memory
     slots = mm.table.slots(page, stop - page)
     kind, bits, frame = mm.table.kind[slots], mm.table.bits[slots], mm.table.frame[slots]
+    if len(kind) == 1 and kind[0] in (Kind.PRESENT, Kind.DEVICE_PRIVATE) and not memory.order[frame[0]]:
+        return False  # as for nearly every CPU fault on a device page
     large = _eligible(selection, migrate, kind, bits, frame)
     large &= memory.order[np.where(large, frame, 0)] > 0
     if not large.any():

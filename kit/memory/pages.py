@@ -34,6 +34,9 @@ ZERO_PFN = 0
 
 def tally(column: NDArray[np.int32], where: NDArray[np.integer], by: int) -> None:
     """Add `by` to the column at each of `where`, which may name a place more than once (``np.add.at``)."""
+    if len(where) < 2:
+        column[where] += by
+        return
     steps = where[1:] > where[:-1]
     if steps.all() or (where[1:] < where[:-1]).all():  # each place once: the usual case, and many times as fast
         column[where] += by
@@ -146,6 +149,8 @@ class PhysicalMemory:
     def head(self, pfns: NDArray[np.integer]) -> NDArray[np.integer]:
         """Return the head of each page's folio."""
         pfns = np.asarray(pfns)
+        if len(pfns) == 1 and not self.order[pfns[0]]:
+            return pfns
         order = self.order[pfns]
         return pfns >> order << order if order.any() else pfns
 
