@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figure import Figure, best, timed
+from kit.drivers.dmirror_types import HMM_DMIRROR_MIGRATE_TO_DEV, HMM_DMIRROR_MIGRATE_TO_SYS
+from kit.memory.types import MADV_DONTNEED, MADV_NOHUGEPAGE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -33,7 +35,7 @@ def _machine(pages: int, chunk_pages: int = 1 << 16) -> Any:
 
 
 def _mapped(t: Any, pages: int, stamps: bool) -> Program:
-    from hmm.harness import ANON, MADV_NOHUGEPAGE, RW
+    from hmm.harness import ANON, RW
 
     start = yield from t.process.mmap(pages * PAGE, RW, ANON)
     assert (yield from t.process.madvise(start, pages * PAGE, MADV_NOHUGEPAGE)) == 0
@@ -92,7 +94,6 @@ def _clocked(program: Program) -> Program:
 
 def migration() -> list[Figure]:
     """4 GiB in 4 KiB pages to a private device and home, in slices of 512 pages as the test driver does it."""
-    from hmm.harness import HMM_DMIRROR_MIGRATE_TO_DEV, HMM_DMIRROR_MIGRATE_TO_SYS
 
     pages = 4 * GIB // PAGE
     t, walls = _machine(pages), {}
@@ -122,7 +123,6 @@ def migration() -> list[Figure]:
 
 def invalidations() -> list[Figure]:
     """Invalidations of one page that 16 subscriptions watch, and of a page that none of 10,000 watches."""
-    from hmm.harness import MADV_DONTNEED
     from hmm.probe import Probe
 
     t, rates = _machine(1 << 16), {}

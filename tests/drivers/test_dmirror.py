@@ -10,7 +10,6 @@ import pytest
 from kit.drivers import dmirror_types as driver
 from kit.drivers.dmirror import dmirror_device_init, dmirror_fops_open, dmirror_fops_release
 from kit.drivers.dmirror_ioctl import dmirror_fops_unlocked_ioctl
-from kit.drivers.dmirror_types import *  # noqa: F403
 from kit.drivers.dmirror_types import DmirrorDevice, HmmDmirrorCmd
 from kit.memory.access import load, store
 from kit.memory.costs import COSTS, make_costs

@@ -16,7 +16,6 @@ import simpy
 
 from kit.drivers.dmirror import Dmirror, dmirror_device_init, dmirror_fops_open, dmirror_fops_release
 from kit.drivers.dmirror_ioctl import dmirror_fops_unlocked_ioctl
-from kit.drivers.dmirror_types import *  # noqa: F403 - the documented names of test_hmm_uapi.h
 from kit.drivers.dmirror_types import (
     HMM_DMIRROR_MEMORY_DEVICE_COHERENT,
     HMM_DMIRROR_MEMORY_DEVICE_PRIVATE,
@@ -38,7 +37,6 @@ from kit.memory.mm import Mm
 from kit.memory.mmap import mmap, mprotect, mremap, munmap
 from kit.memory.pages import PhysicalMemory
 from kit.memory.swap import folio_free_swap
-from kit.memory.types import *  # noqa: F403 - the documented names of mman.h and mm.h
 from kit.memory.types import (
     FOLL_LONGTERM,
     FOLL_WRITE,

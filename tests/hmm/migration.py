@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hmm.harness import PAGE, Fixture, Program
+from hmm.harness import Fixture, Program
 
 from kit.memory.memremap import (
     MEMORY_DEVICE_COHERENT,
@@ -28,6 +28,7 @@ from kit.memory.migrate_device import (
     migrate_vma_pages,
     migrate_vma_setup,
 )
+from kit.memory.types import PAGE
 from kit.sim.engine import Thread, Wait
 
 VALID, MIGRATE, WRITE, COMPOUND = (

@@ -6,7 +6,7 @@ import errno
 from typing import Any
 
 import numpy as np
-from hmm.harness import PAGE, Process, Program
+from hmm.harness import Process, Program
 
 from kit.memory.hmm import HmmRange, hmm_range_fault
 from kit.memory.hmm_entries import HMM_PFN_ERROR, HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_VALID, HMM_PFN_WRITE
@@ -20,6 +20,7 @@ from kit.memory.mmu_notifier import (
     mmu_interval_read_retry,
     mmu_interval_set_seq,
 )
+from kit.memory.types import PAGE
 from kit.sim.engine import Lock, Thread, Wait
 
 SNAPSHOT, READ, WRITE = 0, int(HMM_PFN_REQ_FAULT), int(HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE)

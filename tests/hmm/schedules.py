@@ -10,8 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from hmm.harness import (
-    ANON,
+from hmm.harness import ANON, RW, TWOMEG, Buffer, Process, Program, System
+from hmm.registers import Registers
+
+from kit.drivers.dmirror_commands import dmirror_device_evict_chunk
+from kit.drivers.dmirror_types import (
+    DPT_READ,
     HMM_DMIRROR_CHECK_EXCLUSIVE,
     HMM_DMIRROR_EXCLUSIVE,
     HMM_DMIRROR_MIGRATE_TO_DEV,
@@ -19,26 +23,10 @@ from hmm.harness import (
     HMM_DMIRROR_READ,
     HMM_DMIRROR_SNAPSHOT,
     HMM_DMIRROR_WRITE,
-    MADV_DONTNEED,
-    MADV_HUGEPAGE,
-    MADV_NOHUGEPAGE,
-    MAP_FIXED,
-    PAGE,
-    PROT_READ,
-    RW,
-    TWOMEG,
-    Buffer,
-    Process,
-    Program,
-    System,
 )
-from hmm.registers import Registers
-
-from kit.drivers.dmirror_commands import dmirror_device_evict_chunk
-from kit.drivers.dmirror_types import DPT_READ
 from kit.errors import DriverError
 from kit.memory.reclaim import reclaim_pages
-from kit.memory.types import Bit, Kind
+from kit.memory.types import MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MAP_FIXED, PAGE, PROT_READ, Bit, Kind
 
 WORDS = PAGE // 8
 

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
-from hmm.harness import (
+from hmm.harness import KIB, MIB, RW, TWOMEG, Buffer, Fixture, Program, case, counting
+
+from kit.drivers.dmirror_types import (
     HMM_DMIRROR_FLAG_FAIL_ALLOC,
     HMM_DMIRROR_FLAGS,
     HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL,
     HMM_DMIRROR_PROT_PMD,
     HMM_DMIRROR_PROT_WRITE,
     HMM_DMIRROR_SNAPSHOT,
-    KIB,
+)
+from kit.memory.types import (
     MADV_FREE,
     MADV_HUGEPAGE,
     MADV_NOHUGEPAGE,
-    MIB,
     MREMAP_DONTUNMAP,
     MREMAP_FIXED,
     MREMAP_MAYMOVE,
     PAGE,
     PROT_READ,
-    RW,
-    TWOMEG,
-    Buffer,
-    Fixture,
-    Program,
-    case,
-    counting,
 )
 
 THP = TWOMEG // PAGE  # 512 pages

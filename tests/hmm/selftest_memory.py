@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import numpy as np
-from hmm.harness import (
-    HMM_BUFFER_SIZE,
+from hmm.harness import HMM_BUFFER_SIZE, NTIMES, TWOMEG, Buffer, Fixture, Process, Program, case, counting
+
+from kit.drivers.dmirror_types import (
     HMM_DMIRROR_PROT_PMD,
     HMM_DMIRROR_PROT_READ,
     HMM_DMIRROR_PROT_WRITE,
     HMM_DMIRROR_READ,
     HMM_DMIRROR_SNAPSHOT,
     HMM_DMIRROR_WRITE,
+)
+from kit.memory.types import (
     MADV_HUGEPAGE,
     MAP_ANONYMOUS,
     MAP_HUGETLB,
     MAP_PRIVATE,
     MAP_SHARED,
-    NTIMES,
     PAGE,
     PROT_NONE,
     PROT_READ,
     PROT_WRITE,
-    TWOMEG,
-    Fixture,
-    Process,
-    Program,
-    case,
-    counting,
 )
 
 ALL = HMM_BUFFER_SIZE // PAGE  # 1024 pages
@@ -91,6 +88,24 @@ def anon_write_prot(t: Fixture) -> Program:
     assert np.array_equal((yield from p.read_ints(buffer.ptr, len(data))), data)
 
 
+def child_of_anon_write(buffer: Buffer, data: np.ndarray, npages: int, migrated: bool) -> Callable[[Process], Program]:
+    """Return what the child of `anon_write_child` does with its copy of the buffer."""
+
+    def program(child: Process) -> Program:
+        theirs = buffer.copy()
+        assert np.array_equal((yield from child.read_ints(theirs.ptr, len(data))), data)
+        if not migrated:
+            assert np.array_equal(theirs.ints, -data)
+        fd = yield from child.open(0)
+        assert (yield from child.ioctl(fd, HMM_DMIRROR_WRITE, theirs, npages)) == 0
+        assert (theirs.cpages, theirs.faults) == (npages, 1)
+        if not migrated:
+            assert np.array_equal((yield from child.read_ints(theirs.ptr, len(data))), -data)
+        yield from child.close(fd)
+
+    return program
+
+
 @case("hmm")
 def anon_write_child(t: Fixture) -> Program:
     p = t.process
@@ -109,19 +124,7 @@ def anon_write_child(t: Fixture) -> Program:
                 assert (yield from t.migrate_sys_to_dev(t.fd, buffer, npages)) == 0
                 assert buffer.cpages == npages
 
-            def program(child: Process) -> Program:
-                theirs, migrated = buffer.copy(), migrate  # noqa: B023 - the child runs before the loop goes on
-                assert np.array_equal((yield from child.read_ints(theirs.ptr, len(data))), data)  # noqa: B023
-                if not migrated:
-                    assert np.array_equal(theirs.ints, -data)  # noqa: B023
-                fd = yield from child.open(0)
-                assert (yield from child.ioctl(fd, HMM_DMIRROR_WRITE, theirs, npages)) == 0  # noqa: B023
-                assert (theirs.cpages, theirs.faults) == (npages, 1)  # noqa: B023
-                if not migrated:
-                    assert np.array_equal((yield from child.read_ints(theirs.ptr, len(data))), -data)  # noqa: B023
-                yield from child.close(fd)
-
-            child = yield from p.fork(program)
+            child = yield from p.fork(child_of_anon_write(buffer, data, npages, migrate))
             assert (yield from p.waitpid(child)) == "exited"
             assert np.array_equal((yield from p.read_ints(buffer.ptr, len(data))), data)
             yield from t.free(buffer)
@@ -214,9 +217,9 @@ def anon_teardown(t: Fixture) -> Program:
         data = counting(buffer.size) + c
         yield from p.write_ints(buffer.ptr, data)
 
-        def unmap_buffer(q: Process) -> Program:
+        def unmap_buffer(q: Process, buffer: Buffer = buffer) -> Program:
             yield from q.sleep(t.random.integers(32000) / 1000)  # up to 32 us
-            assert (yield from q.munmap(buffer.ptr + buffer.size // 2, buffer.size // 2)) == 0  # noqa: B023
+            assert (yield from q.munmap(buffer.ptr + buffer.size // 2, buffer.size // 2)) == 0
 
         thread = p.pthread_create(unmap_buffer)
         if (yield from p.ioctl(t.fd, HMM_DMIRROR_READ, buffer, ALL)) == 0:

@@ -6,10 +6,21 @@ import errno
 
 import numpy as np
 from hmm.harness import (
-    FOLL_LONGTERM,
     GUP_BASIC_TEST,
     GUP_FAST_BENCHMARK,
     HMM_BUFFER_SIZE,
+    NTIMES,
+    PIN_FAST_BENCHMARK,
+    PIN_LONGTERM_BENCHMARK,
+    RW,
+    Fixture,
+    Process,
+    Program,
+    case,
+    counting,
+)
+
+from kit.drivers.dmirror_types import (
     HMM_DMIRROR_CHECK_EXCLUSIVE,
     HMM_DMIRROR_EXCLUSIVE,
     HMM_DMIRROR_PROT_DEV_COHERENT_LOCAL,
@@ -24,22 +35,8 @@ from hmm.harness import (
     HMM_DMIRROR_RELEASE,
     HMM_DMIRROR_SNAPSHOT,
     HMM_DMIRROR_WRITE,
-    MAP_ANONYMOUS,
-    MAP_PRIVATE,
-    MAP_SHARED,
-    NTIMES,
-    PAGE,
-    PIN_FAST_BENCHMARK,
-    PIN_LONGTERM_BENCHMARK,
-    PROT_NONE,
-    PROT_READ,
-    RW,
-    Fixture,
-    Process,
-    Program,
-    case,
-    counting,
 )
+from kit.memory.types import FOLL_LONGTERM, MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PAGE, PROT_NONE, PROT_READ
 
 ALL = HMM_BUFFER_SIZE // PAGE  # 1024 pages
 

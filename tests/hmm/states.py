@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from hmm.harness import (
-    ANON,
-    HMM_DMIRROR_EXCLUSIVE,
-    HMM_DMIRROR_MIGRATE_TO_DEV,
+from hmm.harness import ANON, RW, TWOMEG, Buffer, Fixture, Process, Program
+
+from kit.drivers.dmirror_types import HMM_DMIRROR_EXCLUSIVE, HMM_DMIRROR_MIGRATE_TO_DEV
+from kit.memory.reclaim import reclaim_pages
+from kit.memory.types import (
     MADV_HUGEPAGE,
     MADV_NOHUGEPAGE,
     MAP_HUGETLB,
@@ -17,16 +18,11 @@ from hmm.harness import (
     PAGE,
     PROT_NONE,
     PROT_READ,
-    RW,
-    TWOMEG,
-    Buffer,
-    Fixture,
-    Process,
-    Program,
+    VM_IO,
+    VM_PFNMAP,
+    Bit,
+    Kind,
 )
-
-from kit.memory.reclaim import reclaim_pages
-from kit.memory.types import VM_IO, VM_PFNMAP, Bit, Kind
 
 Builder = Callable[[Fixture], Program]
 STATES: dict[str, Builder] = {}

@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hmm.harness import (
-    ANON,
+from hmm.harness import ANON, RW, TWOMEG, Buffer, Fixture, Process, Program, System
+from hmm.probe import Probe
+from hmm.states import STATES, entry_kind
+
+from kit.drivers.dmirror_types import (
     HMM_DMIRROR_CHECK_EXCLUSIVE,
     HMM_DMIRROR_EXCLUSIVE,
     HMM_DMIRROR_FLAG_FAIL_ALLOC,
@@ -30,6 +33,12 @@ from hmm.harness import (
     HMM_DMIRROR_RELEASE,
     HMM_DMIRROR_SNAPSHOT,
     HMM_DMIRROR_WRITE,
+)
+from kit.memory.gup import pin_user_pages_fast, unpin_user_pages
+from kit.memory.mmu_notifier import EVENTS
+from kit.memory.types import (
+    FOLL_LONGTERM,
+    FOLL_WRITE,
     MADV_DONTNEED,
     MADV_FREE,
     MADV_NOHUGEPAGE,
@@ -40,20 +49,8 @@ from hmm.harness import (
     PAGE,
     PROT_NONE,
     PROT_READ,
-    RW,
-    TWOMEG,
-    Buffer,
-    Fixture,
-    Process,
-    Program,
-    System,
+    Kind,
 )
-from hmm.probe import Probe
-from hmm.states import STATES, entry_kind
-
-from kit.memory.gup import pin_user_pages_fast, unpin_user_pages
-from kit.memory.mmu_notifier import EVENTS
-from kit.memory.types import FOLL_LONGTERM, FOLL_WRITE, Kind
 
 EINVAL, ENOENT, EPERM, EFAULT = -errno.EINVAL, -errno.ENOENT, -errno.EPERM, -errno.EFAULT
 COMMANDS = range(9)

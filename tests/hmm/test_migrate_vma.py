@@ -7,30 +7,28 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hmm.harness import (
-    ANON,
-    HMM_DMIRROR_MIGRATE_TO_DEV,
+from hmm.harness import ANON, RW, TWOMEG, Buffer, Fixture, Process, Program, System
+from hmm.migration import COMPOUND, MIGRATE, SYSTEM, VALID, WRITE, Device, Migration
+from hmm.probe import Probe, flags, look
+from hmm.states import STATES, entry_kind
+
+from kit.drivers.dmirror_types import HMM_DMIRROR_MIGRATE_TO_DEV, HMM_DMIRROR_READ
+from kit.memory import migrate_device as md
+from kit.memory.gup import get_user_pages, pin_user_pages_fast, unpin_user_pages
+from kit.memory.mmu_notifier import EVENTS
+from kit.memory.types import (
+    FOLL_WRITE,
     MADV_NOHUGEPAGE,
     MAP_HUGETLB,
     MAP_SHARED,
     PAGE,
     PROT_READ,
-    RW,
-    TWOMEG,
-    Buffer,
-    Fixture,
-    Process,
-    Program,
-    System,
+    VM_DONTEXPAND,
+    VM_IO,
+    VM_MIXEDMAP,
+    VM_PFNMAP,
+    Kind,
 )
-from hmm.migration import COMPOUND, MIGRATE, SYSTEM, VALID, WRITE, Device, Migration
-from hmm.probe import Probe, flags, look
-from hmm.states import STATES, entry_kind
-
-from kit.memory import migrate_device as md
-from kit.memory.gup import get_user_pages, pin_user_pages_fast, unpin_user_pages
-from kit.memory.mmu_notifier import EVENTS
-from kit.memory.types import FOLL_WRITE, VM_DONTEXPAND, VM_IO, VM_MIXEDMAP, VM_PFNMAP, Kind
 
 EINVAL = -errno.EINVAL
 MOVES = VALID | MIGRATE | WRITE
@@ -629,8 +627,6 @@ def test_the_mirror_of_a_migrating_process_refaults() -> None:
         p = t.process
         start = yield from mapped(t, 4)
         buffer = Buffer(start, 4 * PAGE, t.mirror(4), start)
-        from hmm.harness import HMM_DMIRROR_READ
-
         assert (yield from p.ioctl(t.fds[1], HMM_DMIRROR_READ, buffer, 4)) == 0
         assert buffer.faults == 1
         assert (yield from p.ioctl(t.fds[0], HMM_DMIRROR_MIGRATE_TO_DEV, buffer, 4)) == 0

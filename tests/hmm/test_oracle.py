@@ -6,23 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from hmm.harness import (
-    ANON,
-    HMM_DMIRROR_EXCLUSIVE,
-    HMM_DMIRROR_MIGRATE_TO_DEV,
-    MADV_HUGEPAGE,
-    MADV_NOHUGEPAGE,
-    MAP_FIXED,
-    MAP_PRIVATE,
-    PAGE,
-    PROT_NONE,
-    PROT_READ,
-    RW,
-    Buffer,
-    Fixture,
-    Process,
-    Program,
-)
+from hmm.harness import ANON, RW, Buffer, Fixture, Process, Program
 from hmm.migration import COMPOUND, MIGRATE, SYSTEM, VALID, WRITE, Device, Migration
 from hmm.oracle import ERROR, NEW, RangeFault, cells_of, collected
 from hmm.oracle import VALID as VALID_OUT
@@ -31,9 +15,21 @@ from hmm.probe import WRITE as REQ_WRITE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kit.drivers.dmirror_types import HMM_DMIRROR_EXCLUSIVE, HMM_DMIRROR_MIGRATE_TO_DEV
 from kit.memory import migrate_device as md
 from kit.memory.reclaim import reclaim_pages
-from kit.memory.types import VM_IO, Bit, Kind
+from kit.memory.types import (
+    MADV_HUGEPAGE,
+    MADV_NOHUGEPAGE,
+    MAP_FIXED,
+    MAP_PRIVATE,
+    PAGE,
+    PROT_NONE,
+    PROT_READ,
+    VM_IO,
+    Bit,
+    Kind,
+)
 
 BASE = 0x5000_0000_0000 // PAGE
 SMALL = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -25,7 +26,7 @@ MOST_WHOLE = 4 << 30  # bytes of host memory with payload_bytes 4096
 Progress = Callable[[float, str], None]
 
 
-class RdmaSession:
+class RdmaSession(ABC):
     """A flow over mlx5 as an object with one method a stage; each returns the session.
 
     Subclasses name their stages and write one generator a stage, ``_<stage>``.
@@ -69,9 +70,9 @@ class RdmaSession:
         """Return the pages of device memory beside them."""
         return 0
 
+    @abstractmethod
     def integrity(self) -> Integrity:
         """Compare what memory holds with what was last written to it."""
-        raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
         """Return the flow's own metrics."""

@@ -25,7 +25,10 @@ def slots(rig, imr):
 def test_worked_trace(era, options, invalidations):
     rig = Rig(era, **options)
     rig.mmap(4, at=5 * GIB)
-    misses = lambda: sum(e.miss for e in rig.dev.cache.ents.values())  # noqa: E731
+
+    def misses():
+        return sum(e.miss for e in rig.dev.cache.ents.values())
+
     # 1. register
     imr = rig.implicit()
     assert rig.umrs() == 3 and misses() == 1

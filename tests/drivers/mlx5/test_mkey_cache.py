@@ -62,7 +62,10 @@ def test_last_in_first_out_and_pages():
 
 def test_lookup_takes_the_smallest_that_is_large_enough():
     rig = Rig()
-    find = lambda key: mkey_cache_ent_from_rb_key(rig.dev, rig.thread, key)  # noqa: E731
+
+    def find(key):
+        return mkey_cache_ent_from_rb_key(rig.dev, rig.thread, key)
+
     assert find(mtt(1)).rb_key.ndescs == 4
     assert find(mtt(5)).rb_key.ndescs == 8
     assert find(mtt(512)).rb_key.ndescs == 512
@@ -78,7 +81,10 @@ def test_since_6_12_an_entry_may_not_be_much_larger():
 
     flags = int(Access.RELAXED_ORDERING)
     mlx5r_cache_create_ent_locked(rig.dev, rig.thread, mtt(100, flags), False)
-    find = lambda n: mkey_cache_ent_from_rb_key(rig.dev, rig.thread, mtt(n, flags))  # noqa: E731
+
+    def find(n):
+        return mkey_cache_ent_from_rb_key(rig.dev, rig.thread, mtt(n, flags))
+
     assert find(50) is not None and find(49) is None
     mlx5r_cache_create_ent_locked(rig.dev, rig.thread, mtt(4, flags), False)
     assert find(1) is not None  # up to 4 always

@@ -319,8 +319,12 @@ def test_bad_keys_rights_and_ranges_fail_with_the_right_status(name):
 
 
 def test_bad_receives_fail_on_both_sides():
-    same = lambda pair, a, b: {}  # noqa: E731
-    no_write = lambda pair, a, b: {"sg_list": (sge(pair.left.region(2, access=0)),)}  # noqa: E731
+    def same(pair, a, b):
+        return {}
+
+    def no_write(pair, a, b):
+        return {"sg_list": (sge(pair.left.region(2, access=0)),)}
+
     assert attempt(no_write, WrOpcode.RDMA_READ)[0] == WcStatus.LOC_PROT_ERR
     short = attempt(same, WrOpcode.SEND, lambda host, region: sge(region, 0, PAGE))
     assert short == (WcStatus.REM_INV_REQ_ERR, QpState.ERR, [WcStatus.LOC_LEN_ERR])
