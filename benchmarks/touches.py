@@ -6,9 +6,9 @@ import numpy as np
 
 from benchmarks.figure import Figure, best, timed
 from kit.drivers.uvm.sm import StreamKernel, launch
+from kit.flows.cuda_demand_paging.accesses import Accesses, stream_kernel
 from kit.flows.cuda_demand_paging.flow import FLOW
-from kit.flows.cuda_demand_paging.programs import Accesses, stream_kernel
-from kit.flows.cuda_demand_paging.session import Session
+from kit.flows.cuda_demand_paging.session import CudaSession
 
 __all__ = ["measure"]
 
@@ -30,7 +30,7 @@ def measure() -> list[Figure]:
     ]
 
 
-def _figure(session: Session, name: str, accesses: Accesses) -> Figure:
+def _figure(session: CudaSession, name: str, accesses: Accesses) -> Figure:
     base = session.allocations[0].va // 4096
     rights, sample = session.gpu.table.rights.reshape(-1), _kernel(session, accesses, base)
     gather = TOUCHES / best(REPEATS, lambda: timed(lambda: rights[sample.slots])) / 1e6
@@ -39,11 +39,11 @@ def _figure(session: Session, name: str, accesses: Accesses) -> Figure:
     return Figure(name, touch, gather / 2, "M touches/s", True, beside)
 
 
-def _kernel(session: Session, accesses: Accesses, base: int) -> StreamKernel:
+def _kernel(session: CudaSession, accesses: Accesses, base: int) -> StreamKernel:
     return stream_kernel("touches", accesses, base, session.gpu, 0)
 
 
-def _run(session: Session, kernel: StreamKernel) -> float:
+def _run(session: CudaSession, kernel: StreamKernel) -> float:
     """Launch and wait, as a session does; making the stream is not part of the touch."""
     engine = session.engine
     return timed(lambda: engine.run(engine.start(launch(session.va_space, kernel))))

@@ -10,33 +10,22 @@ from numpy.typing import NDArray
 
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.grid import GridKernel, Shape
-from kit.drivers.uvm.serial import SerialKernel
-from kit.drivers.uvm.sm import Kernel, StreamKernel
-from kit.drivers.uvm.types import PREFETCH, READ, REQUIRED_PROT, WRITE
+from kit.drivers.uvm.sm import Kernel
+from kit.flows.cuda_demand_paging.accesses import (
+    NOTHING,
+    PAGE,
+    Accesses,
+    interleave,
+    pages_of,
+    stream_kernel,
+    whole,
+    with_stray,
+)
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
 from kit.flows.cuda_demand_paging.traces import AccessTrace, read_trace, shipped_trace
 from kit.flows.run import Allocation
 
-__all__ = ["Accesses", "Program", "program"]
-
-PAGE = 4096
-
-
-@dataclass(frozen=True)
-class Accesses:
-    """An ordered list of page accesses: pages counted from the first allocation's, and which of them write."""
-
-    page: NDArray[np.int64]
-    write: NDArray[np.bool_]
-
-    @staticmethod
-    def of(page: NDArray[np.integer], write: bool | NDArray[np.bool_]) -> Accesses:
-        """Build from pages and one flag, or a flag each."""
-        pages = np.asarray(page, dtype=np.int64)
-        return Accesses(pages, np.full(len(pages), write) if isinstance(write, bool) else write)
-
-
-NOTHING = Accesses.of(np.zeros(0, dtype=np.int64), False)
+__all__ = ["Program", "program"]
 
 
 @dataclass
@@ -79,60 +68,24 @@ def program(parameters: CudaParameters) -> Program:
     return kinds[parameters.program](parameters)
 
 
-def pages_of(array: Allocation, base: int) -> NDArray[np.int64]:
-    """Return the pages of an allocation, counted from page `base`."""
-    first, last = array.va // PAGE, (array.va + array.bytes - 1) // PAGE
-    return np.arange(first - base, last - base + 1)
-
-
-def interleave(columns: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return a[0], b[0], a[1], b[1], ...: one loop over several arrays."""
-    longest = max(len(c) for c in columns)
-    rows = np.full((longest, len(columns)), -1, dtype=np.int64)
-    for at, column in enumerate(columns):
-        rows[: len(column), at] = column
-    flat = rows.reshape(-1)
-    return flat[flat >= 0]
-
-
-def stream_kernel(
-    name: str, accesses: Accesses, base: int, gpu: Gpu, lanes: int, pause_us: float = 0.0, ahead: int = 0
-) -> StreamKernel | SerialKernel:
-    """Make a kernel of a list of accesses, each after a prefetch instruction `ahead` pages on (0: none)."""
-    pages = accesses.page + base
-    kind = np.where(accesses.write, np.int8(WRITE), np.int8(READ))
-    if ahead:
-        pages, kind = np.stack([pages + ahead, pages], 1), np.stack([np.full_like(kind, PREFETCH), kind], 1)
-        pages, kind = pages.reshape(-1), kind.reshape(-1)
-    capacity = int(gpu.machine["misses_per_sm"] * gpu.machine["sms"])
-    slots = gpu.table.walk(pages)
-    need, touch_us, utlbs = REQUIRED_PROT[kind], gpu.costs.thread_miss, int(gpu.machine["tpcs"])
-    if lanes == 1 and not ahead:
-        return SerialKernel(name, slots, pages, kind, need, touch_us + pause_us)
-    return StreamKernel(name, slots, pages, kind, need, lanes or capacity, utlbs, touch_us, pause_us)
-
-
 class ThreeLines(Program):
     """cudaMallocManaged, memset on the CPU, a kernel over all of it."""
 
     def __post_init__(self) -> None:
         self.sizes = [("data", self.parameters.buffer_bytes)]
 
-    def _all(self, arrays: list[Allocation], write: bool) -> Accesses:
-        return Accesses.of(pages_of(arrays[0], arrays[0].va // PAGE), write)
-
     def first_touch(self, arrays: list[Allocation]) -> Accesses:
         """Memset."""
-        return self._all(arrays, True) if self.parameters.first_touch == "cpu" else NOTHING
+        return whole(arrays[0], True) if self.parameters.first_touch == "cpu" else NOTHING
 
     def kernels(self, arrays: list[Allocation], gpu: Gpu) -> list[Kernel]:
         """One kernel that writes every page."""
-        accesses = _with_stray(self._all(arrays, True), self.parameters)
+        accesses = with_stray(whole(arrays[0], True), self.parameters)
         return [stream_kernel("kernel(char*)", accesses, arrays[0].va // PAGE, gpu, 0)]
 
     def read_back(self, arrays: list[Allocation]) -> Accesses:
         """The CPU reads everything."""
-        return self._all(arrays, False)
+        return whole(arrays[0], False)
 
 
 class VectorAdd(Program):
@@ -213,11 +166,11 @@ class UnitTouch(Program):
 
     def first_touch(self, arrays: list[Allocation]) -> Accesses:
         """The CPU writes all bytes in order."""
-        return Accesses.of(pages_of(arrays[0], arrays[0].va // PAGE), True)
+        return whole(arrays[0], True)
 
     def kernels(self, arrays: list[Allocation], gpu: Gpu) -> list[Kernel]:
         """One thread, one access a unit."""
-        accesses = _with_stray(Accesses.of(self._units(self.parameters.touch_units), True), self.parameters)
+        accesses = with_stray(Accesses.of(self._units(self.parameters.touch_units), True), self.parameters)
         pause = gpu.costs.touch_pause
         return [stream_kernel("touch(char*)", accesses, arrays[0].va // PAGE, gpu, lanes=1, pause_us=pause)]
 
@@ -258,12 +211,12 @@ class Stream(Program):
 
     def first_touch(self, arrays: list[Allocation]) -> Accesses:
         """The CPU writes the buffer, unless the GPU touches first."""
-        return Accesses.of(np.arange(self.pages), True) if self.parameters.first_touch == "cpu" else NOTHING
+        return whole(arrays[0], True) if self.parameters.first_touch == "cpu" else NOTHING
 
     def kernels(self, arrays: list[Allocation], gpu: Gpu) -> list[Kernel]:
         """The stream, as often as asked."""
         p, base = self.parameters, arrays[0].va // PAGE
-        accesses = _with_stray(self.accesses(), p)
+        accesses = with_stray(self.accesses(), p)
         ahead = -(-p.prefetch_ahead_bytes // PAGE)
         return [stream_kernel("stream(char*)", accesses, base, gpu, p.lanes, ahead=ahead) for _ in range(p.repeats)]
 
@@ -285,9 +238,7 @@ class Trace(Program):
 
     def first_touch(self, arrays: list[Allocation]) -> Accesses:
         """The CPU writes every page, unless the GPU touches first."""
-        if self.parameters.first_touch != "cpu":
-            return NOTHING
-        return Accesses.of(np.arange(len(self.trace.vpn)), True)
+        return whole(arrays[0], True) if self.parameters.first_touch == "cpu" else NOTHING
 
     def kernels(self, arrays: list[Allocation], gpu: Gpu) -> list[Kernel]:
         """The recorded stream; pages keep their order, gaps between them are closed."""
@@ -295,11 +246,3 @@ class Trace(Program):
         count = p.trace_limit or len(self.trace.index)
         accesses = Accesses.of(self.trace.index[:count], self.trace.write[:count])
         return [stream_kernel("recorded(char*)", accesses, arrays[0].va // PAGE, gpu, p.lanes)]
-
-
-def _with_stray(accesses: Accesses, p: CudaParameters) -> Accesses:
-    """Append the illegal access that `stray_bytes` asks for."""
-    if not p.stray_bytes:
-        return accesses
-    page = (p.buffer_bytes + p.stray_bytes - 1) // PAGE
-    return Accesses(np.append(accesses.page, page), np.append(accesses.write, True))

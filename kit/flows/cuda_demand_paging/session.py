@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,135 +24,69 @@ from kit.drivers.uvm.replayable_faults import start_bottom_half
 from kit.drivers.uvm.sm import launch
 from kit.drivers.uvm.types import CPU, GPU, VaSpace
 from kit.drivers.uvm.va_space import uvm_mmap
-from kit.errors import DriverError, ParameterError
+from kit.errors import DriverError
+from kit.flows.cuda_demand_paging.accesses import PAGE, Accesses
+from kit.flows.cuda_demand_paging.layout import gpu_memory_bytes, packed_ranges
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
-from kit.flows.cuda_demand_paging.programs import PAGE, Accesses, program
+from kit.flows.cuda_demand_paging.programs import program
 from kit.flows.cuda_demand_paging.result import integrity, metrics
-from kit.flows.documented import Documented
-from kit.flows.run import Allocation, Run
+from kit.flows.documented import Conformance
+from kit.flows.run import Allocation, Integrity
+from kit.flows.session import Session
 from kit.memory.address_space import AddressSpace
 from kit.memory.frames import Frames
-from kit.sim.engine import Engine, Wait
-from kit.sim.machine import load_machine
+from kit.sim.engine import Thread, Wait
 
-__all__ = ["STAGES", "Session"]
+__all__ = ["STAGES", "CudaSession"]
 
-BLOCK = 2 << 20
 TURN = 32  # CPU touches between looks at what the GPU does meanwhile
 STAGES = ("allocate", "first_touch", "kernel", "read_back")
-Progress = Callable[[float, str], None]
 
 
-class Session:
-    """The flow as an object with one method a stage; each returns the session.
+class CudaSession(Session):
+    """The flow as an object with one method a stage."""
 
-    Parameters
-    ----------
-    parameters : CudaParameters
-    scenario : str
-        Name of the scenario, for the report.
-    """
+    stages_of = STAGES
+    parameters: CudaParameters
 
     def __init__(self, parameters: CudaParameters, scenario: str = "") -> None:
-        self.parameters, self.scenario = parameters, scenario
-        self.machine = load_machine(parameters.machine)
+        super().__init__(parameters, scenario)
         self.program = program(parameters)
-        self.engine = Engine(parameters.seed, parameters.jitter)
+        self.gpu_memory = gpu_memory_bytes(parameters, self.machine, self.program.sizes)
         names = {f.name for f in fields(ModuleParameters)}
         self.module = ModuleParameters(**{n: v for n, v in parameters.model_dump().items() if n in names})
         self.gpu = Gpu(
-            self.engine, self.machine, self.module, self._gpu_memory(), parameters.payload_bytes,
+            self.engine, self.machine, self.module, self.gpu_memory, parameters.payload_bytes,
             parameters.fault_buffer_entries,
         )  # fmt: skip
         host = Frames("host memory", int(self.machine["host_memory_bytes"]) // PAGE, parameters.payload_bytes)
         self.va_space = VaSpace(self.engine, self.module, AddressSpace(host), host, self.gpu)
         self.cpu = self.engine.thread("cpu")
-        self.allocations: list[Allocation] = []
-        self.stages: list[tuple[str, float, float]] = []
-        self.errors: list[str] = []
-        self.wall_s = 0.0
         if self.gpu.hal.replayable_faults:
             start_bottom_half(self.gpu)
 
-    def allocate(self) -> Session:
+    def allocate(self) -> Self:
         """Call cudaMallocManaged for every array, and give advice; no page exists anywhere afterwards."""
-        return self._stage("allocate", self._allocate())
+        return self.stage("allocate")
 
-    def first_touch(self) -> Session:
+    def first_touch(self) -> Self:
         """The CPU's accesses before the launch."""
-        return self._stage("first_touch", self._first_touch())
+        return self.stage("first_touch")
 
-    def kernel(self) -> Session:
+    def kernel(self) -> Self:
         """Prefetch calls, launches, synchronisation."""
-        return self._stage("kernel", self._kernels())
+        return self.stage("kernel")
 
-    def read_back(self) -> Session:
+    def read_back(self) -> Self:
         """The CPU's accesses after the launch."""
-        return self._stage("read_back", self._touch(self.program.read_back(self.allocations)))
+        return self.stage("read_back")
 
-    def finish(self, progress: Progress | None = None) -> Run:
-        """Run the stages that have not run yet and return the result."""
-        for name in STAGES[len(self.stages) :]:
-            if progress is not None:
-                progress(STAGES.index(name) / len(STAGES), name)
-            getattr(self, name)()
-        if progress is not None:
-            progress(1.0, "done")
-        return self.run
-
-    @property
-    def run(self) -> Run:
-        """The result so far."""
-        trace = self.engine.trace
-        conformance = Documented.load("cuda_demand_paging").check(trace)
-        checked = integrity(self.va_space)
-        return Run(
-            "cuda_demand_paging", self.scenario, self.parameters.model_dump(), metrics(self, conformance, checked),
-            trace, conformance, checked, self.machine, self.allocations, self.stages, self.wall_s, self.errors,
-        )  # fmt: skip
-
-    @property
-    def why(self) -> str:
-        """Say which counts of this program are exact and which depend on how warps are scheduled."""
-        p = self.parameters
-        if p.program == "vector_add" and p.grid > 1:
-            return (
-                "Many thread blocks run at once, and no source says whose miss reaches the fault buffer first. The kit "
-                f"lets warps drift apart by up to {self.machine['warp_spread']:g} us, drawn from the seed: the bytes "
-                "moved are exact, the number of copies and of fault groups varies from seed to seed, as it does from "
-                "run to run on hardware."
-            )
-        return "The order of accesses is fixed by the program, so every count and every address below is exact."
-
-    def _gpu_memory(self) -> int:
-        p = self.parameters
-        if not p.oversubscription:
-            return p.gpu_memory_bytes or int(self.machine["gpu_memory_bytes"])
-        working_set = sum(-(-size // PAGE) * PAGE for _, size in self.program.sizes)
-        memory = int(working_set / p.oversubscription) // BLOCK * BLOCK
-        if memory < BLOCK:
-            most = (
-                f"at most {working_set / BLOCK:.3g}: a working set of {working_set} B must leave one 2 MiB root chunk"
-            )
-            raise ParameterError("oversubscription", p.oversubscription, most)
-        return memory
-
-    def _stage(self, name: str, work: Wait) -> Session:
-        due = (*STAGES, "none")[len(self.stages)]
-        if name != due:
-            raise ParameterError("stage", name, f"the next stage, {due}")
-        began, start = time.perf_counter(), self.engine.now
-        self.engine.run(self.engine.start(work))
-        self.engine.trace.span("host_program", "cpu", start, self.engine.now, cause=name)
-        self.stages.append((name, start, self.engine.now))
-        self.wall_s += time.perf_counter() - began
-        return self
+    # -- stages ----------------------------------------------------------------------------------------------------
 
     def _allocate(self) -> Wait:
         p, cpu = self.parameters, self.cpu
-        cpu.now = self.engine.now
-        for nbytes, members in self._ranges():
-            if not self.gpu.hal.replayable_faults and self._populated() + nbytes > self._gpu_memory():
+        for nbytes, members in packed_ranges(p, self.program.sizes):
+            if not self.gpu.hal.replayable_faults and self._populated() + nbytes > self.gpu_memory:
                 why = "without GPU page faults, managed memory is limited by GPU memory"
                 raise DriverError(12, "NV_ERR_NO_MEMORY", "uvm_api_set_range_group", why)
             va_range = uvm_mmap(self.va_space, cpu, nbytes, members[0][0], p.range_offset)
@@ -166,27 +98,6 @@ class Session:
 
     def _populated(self) -> int:
         return sum(r.pages for r in self.va_space.ranges) * PAGE
-
-    def _ranges(self) -> list[tuple[int, list[tuple[str, int, int]]]]:
-        """Pack allocations into ranges: (range bytes, [(name, bytes, offset in the range)])."""
-        size = self.parameters.range_bytes
-        packed: list[tuple[int, list[tuple[str, int, int]]]] = []
-        used = 0
-        for name, nbytes in self.program.sizes:
-            whole = -(-nbytes // PAGE) * PAGE
-            if not size:
-                packed.append((whole, [(name, nbytes, 0)]))
-                continue
-            if whole > size:
-                raise ParameterError(
-                    "range_bytes", size, f"0, or at least {whole}: allocation {name} has {nbytes} bytes"
-                )
-            if not packed or used + whole > size:
-                packed.append((size, []))
-                used = 0
-            packed[-1][1].append((name, nbytes, used))
-            used += whole
-        return packed
 
     def _first_touch(self) -> Wait:
         yield from self._touch(self.program.first_touch(self.allocations))
@@ -224,9 +135,8 @@ class Session:
         if len(pages):
             self.va_space.content.write(self.va_space.slots(pages))
 
-    def _kernels(self) -> Wait:
-        p, cpu = self.parameters, self.cpu
-        cpu.now = max(cpu.now, self.engine.now)
+    def _kernel(self) -> Wait:
+        p = self.parameters
         kernels = self.program.kernels(self.allocations, self.gpu)
         if p.prefetch in ("to_gpu", "both"):
             which = self.program.inputs if p.prefetch_arrays == "inputs" else range(len(self.allocations))
@@ -267,3 +177,34 @@ class Session:
         if lite:
             yield from uvm_api_allow_migration_range_groups(self.va_space, self.cpu)
             yield from self.cpu.sync()
+
+    def _read_back(self) -> Wait:
+        yield from self._touch(self.program.read_back(self.allocations))
+
+    # -- the result --------------------------------------------------------------------------------------------------
+
+    @property
+    def programs(self) -> tuple[Thread, ...]:
+        """The one program's thread."""
+        return (self.cpu,)
+
+    def integrity(self) -> Integrity:
+        """Compare every copy of every page that exists with what the program last wrote to it."""
+        return integrity(self.va_space)
+
+    def metrics(self, conformance: Conformance, checked: Integrity) -> dict[str, float]:
+        """Return what the run counted."""
+        return metrics(self, conformance, checked)
+
+    @property
+    def why(self) -> str:
+        """Say which counts of this program are exact and which depend on how warps are scheduled."""
+        p = self.parameters
+        if p.program == "vector_add" and p.grid > 1:
+            return (
+                "Many thread blocks run at once, and no source says whose miss reaches the fault buffer first. The kit "
+                f"lets warps drift apart by up to {self.machine['warp_spread']:g} us, drawn from the seed: the bytes "
+                "moved are exact, the number of copies and of fault groups varies from seed to seed, as it does from "
+                "run to run on hardware."
+            )
+        return "The order of accesses is fixed by the program, so every count and every address below is exact."
