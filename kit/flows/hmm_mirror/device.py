@@ -23,7 +23,7 @@ from kit.flows.hmm_mirror.structure import Pages
 from kit.memory.types import PAGE
 
 if TYPE_CHECKING:
-    from kit.flows.hmm_mirror.session import Session
+    from kit.flows.hmm_mirror.session import HmmSession
     from kit.sim.engine import Wait
 
 __all__ = ["DeviceProcessor"]
@@ -37,12 +37,12 @@ class DeviceProcessor:
 
     Parameters
     ----------
-    session : Session
+    session : HmmSession
     mirror : Dmirror
         The open device file whose page table it uses.
     """
 
-    def __init__(self, session: Session, mirror: Dmirror) -> None:
+    def __init__(self, session: HmmSession, mirror: Dmirror) -> None:
         self.session, self.mirror = session, mirror
         self.device, self.memory = session.device, session.memory
         self.thread = session.engine.thread("device")

@@ -13,7 +13,7 @@ from kit.memory.mmap import mmap, munmap
 from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, PAGE, PROT_READ, PROT_WRITE
 
 if TYPE_CHECKING:
-    from kit.flows.hmm_mirror.session import Session
+    from kit.flows.hmm_mirror.session import HmmSession
     from kit.sim.engine import Wait
 
 __all__ = ["DEVICE_BASE", "offload_by_copies"]
@@ -21,7 +21,7 @@ __all__ = ["DEVICE_BASE", "offload_by_copies"]
 DEVICE_BASE = 0x10_0000_0000  # where the device's own address space has its allocation
 
 
-def offload_by_copies(session: Session) -> Wait:
+def offload_by_copies(session: HmmSession) -> Wait:
     """Copy the structure into memory that the device allocated, walk it there, and copy it back."""
     s, cpu, p = session, session.cpu, session.parameters
     if p.pages > s.device.capacity:
@@ -62,7 +62,7 @@ def offload_by_copies(session: Session) -> Wait:
     s.record.rewritten += 2 * int((s.structure.words(s.base) != 0).sum())
 
 
-def _dma(session: Session, out: bool) -> Wait:
+def _dma(session: HmmSession, out: bool) -> Wait:
     """One copy of the whole allocation by the copy engine."""
     cpu, nbytes = session.cpu, session.parameters.pages * PAGE
     start = cpu.now

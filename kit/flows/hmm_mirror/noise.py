@@ -9,19 +9,19 @@ from kit.memory.mmap import mprotect
 from kit.memory.types import MADV_PAGEOUT, PAGE, PROT_READ, PROT_WRITE
 
 if TYPE_CHECKING:
-    from kit.flows.hmm_mirror.session import Session
+    from kit.flows.hmm_mirror.session import HmmSession
     from kit.sim.engine import Wait
 
-__all__ = ["Noise"]
+__all__ = ["NOISE_PAGES", "Noise"]
 
-PAGES = 16  # of each change
+NOISE_PAGES = 16  # of each change
 MOST = 500  # changes in a walk: a device that cannot keep up with them would never get to its end
 
 
 class Noise:
     """Another thread, which changes rights or pages out until `over` is set."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: HmmSession) -> None:
         self.session, self.over = session, False
         self.thread = session.engine.thread("other thread")
 
@@ -34,7 +34,7 @@ class Noise:
                 break
             thread.charge(p.noise_interval * float(s.rng.uniform(0.5, 1.5)))
             yield from thread.sync()
-            pages = min(PAGES, p.pages)
+            pages = min(NOISE_PAGES, p.pages)
             at = s.base + int(s.rng.integers(0, p.pages - pages + 1)) * PAGE
             at = s.noise_area if p.noise == "unrelated" else at
             if p.noise == "pageout":

@@ -1,226 +1,24 @@
-"""What a session leaves: copies of the page tables, the phases of migrations, metrics, the check of every page."""
+"""Metrics and the content check of a run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kit.drivers.dmirror_types import (
-    HMM_DMIRROR_MIGRATE_TO_DEV,
-    HMM_DMIRROR_MIGRATE_TO_SYS,
-    HMM_DMIRROR_READ,
-    HMM_DMIRROR_WRITE,
-    HmmDmirrorCmd,
-)
+from kit.flows.metrics import SpanColumns, conformance_metrics, integrity_metrics, time_metrics
 from kit.flows.run import Integrity
-from kit.memory.migrate_vma import MIGRATE_PFN_COMPOUND, MIGRATE_PFN_SHIFT, MigrateVma
 from kit.memory.mmu_notifier import EVENTS
-from kit.memory.pages import ZERO_PFN
-from kit.memory.types import PAGE, Bit, Kind
+from kit.memory.types import PAGE, Kind
 
 if TYPE_CHECKING:
-    from kit.drivers.dmirror import Dmirror
-    from kit.drivers.dmirror_limited import LimitedDevice
     from kit.flows.documented import Conformance
-    from kit.flows.hmm_mirror.session import Session
-    from kit.memory.mm import Mm
+    from kit.flows.hmm_mirror.session import HmmSession
 
-__all__ = ["COMMANDS", "Command", "Phases", "Record", "Tables", "content", "metrics"]
-
-COMMANDS = {
-    HMM_DMIRROR_READ: "HMM_DMIRROR_READ",
-    HMM_DMIRROR_WRITE: "HMM_DMIRROR_WRITE",
-    HMM_DMIRROR_MIGRATE_TO_DEV: "HMM_DMIRROR_MIGRATE_TO_DEV",
-    HMM_DMIRROR_MIGRATE_TO_SYS: "HMM_DMIRROR_MIGRATE_TO_SYS",
-}
-_ROWS = 4096  # pages of which a copy of the page tables keeps the entries; of larger ones every n-th
-_KEPT = 400  # migrations whose arrays are kept
-Words = NDArray[np.uint64]
+__all__ = ["content", "metrics"]
 
 
-@dataclass(frozen=True)
-class Command:
-    """One command to the device: what was asked, what came back, as ``strace`` would show it."""
-
-    name: str
-    address: int
-    npages: int
-    cpages: int
-    faults: int
-    result: str
-
-
-@dataclass
-class Phases:
-    """The arrays of one migration after each phase.
-
-    Attributes
-    ----------
-    start : int
-        First byte.
-    cause : str
-        ``to device``, ``to system`` or ``CPU fault``.
-    time : float
-        When it was set up.
-    src, dst : dict of str to ndarray of uint64
-        By phase: setup, driver, pages.
-    """
-
-    start: int
-    cause: str
-    time: float
-    src: dict[str, Words] = field(default_factory=dict)
-    dst: dict[str, Words] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Both page tables at the end of a stage, for every `step`-th page.
-
-    Attributes
-    ----------
-    stage : str
-    cpu : ndarray of uint8
-        Kind of each entry (`Kind`); 8 for the zero page, 9 for a device page that the CPU can reach.
-    writable : ndarray of bool
-        Whether the CPU's entry allows writing.
-    device : ndarray of uint8
-        Rights in the device's table: 0 none, 1 read, 2 write, 3 atomic.
-    near : ndarray of bool
-        Whether what the device's entry names is in device memory.
-    kept : ndarray of bool
-        Whether the driver keeps the content of a device page in a system page.
-    """
-
-    stage: str
-    cpu: NDArray[np.uint8]
-    writable: NDArray[np.bool_]
-    device: NDArray[np.uint8]
-    near: NDArray[np.bool_]
-    kept: NDArray[np.bool_]
-
-
-class Record:
-    """Collects what a session's pictures show beside the trace.
-
-    Attributes
-    ----------
-    near, far : int
-        The device's visits by where the node was.
-    device_writes, cpu_writes : int
-        Writes to nodes after the structure was built, the parent's alone.
-    compared, differed : int
-        Words that somebody read, and those that were not what was last written.
-    explicit : str
-        What became of the walk without HMM: ``done``, ``does not fit`` or nothing.
-    rewritten : int
-        Pointers translated for it.
-    """
-
-    def __init__(self, mm: Mm, device: LimitedDevice) -> None:
-        self.mm, self.memory, self.device = mm, mm.memory, device
-        self.device_writes = self.cpu_writes = 0
-        self.near = self.far = self.compared = self.differed = self.rewritten = 0
-        self.explicit = ""
-        self.tables: list[Tables] = []
-        self.commands: list[Command] = []
-        self.migrations: list[Phases] = []
-        self.counts = dict.fromkeys(("asked", "collected", "moved", "failed"), 0)
-        self.per_page = 1
-        self._open: dict[int, Phases] = {}
-        self.memory.observer = self.observe
-
-    def compare(self, seen: Words, expected: Words) -> None:
-        """Count words that are not what they should be."""
-        self.compared += len(seen)
-        self.differed += int((seen != expected).sum())
-
-    def command(self, command: int, result: int, cmd: HmmDmirrorCmd) -> None:
-        """Note a command to the device."""
-        self.commands.append(
-            Command(COMMANDS[command], cmd.addr, cmd.npages, cmd.cpages, cmd.faults, repr(result) if result else "0")
-        )
-
-    def observe(self, phase: str, args: MigrateVma) -> None:
-        """Take copies of a migration's arrays after a phase."""
-        src, dst = args.src[: args.npages].copy(), args.dst[: args.npages].copy()
-        if phase == "setup":
-            system = args.flags & 1
-            cause = "to device" if system else "CPU fault" if args.fault_page is not None else "to system"
-            self._open[id(args)] = Phases(args.start, cause, args.began)
-            self._leave(args.start >> 12, src, args.began)
-            self.counts["asked"] += args.npages
-            self.counts["collected"] += args.cpages
-        phases = self._open.get(id(args))
-        if phases is None:
-            return
-        phases.src[phase], phases.dst[phase] = src, dst
-        if phase == "pages":
-            del self._open[id(args)]
-            given = dst & np.uint64(1) != 0
-            self.counts["moved"] += int((given & (src & np.uint64(2) != 0)).sum())
-            self.counts["failed"] += int((given & (src & np.uint64(2) == 0)).sum())
-            if len(self.migrations) < _KEPT:
-                self.migrations.append(phases)
-
-    def _leave(self, first: int, src: Words, time: float) -> None:
-        """Take back what eviction recorded: the kernel, which moves these pages now, knows only their device pages.
-
-        It records the move where the parent's table has the page, whoever asked for it.
-        """
-        engine, table = self.mm.engine, self.mm.table
-        valid = np.flatnonzero(src & np.uint64(1) != 0)
-        frames = (src[valid] >> np.uint64(MIGRATE_PFN_SHIFT)).astype(np.int64)
-        for at in valid[(frames >= self.device.first) & (self.device.backing(frames) < self.device.first)].tolist():
-            count = 512 if src[at] & np.uint64(MIGRATE_PFN_COMPOUND) else 1
-            slot = table.slots_of(np.array([first + at]))[0]
-            if table.kind[slot] == Kind.MIGRATION and table.frame[slot] == src[at] >> np.uint64(MIGRATE_PFN_SHIFT):
-                engine.trace.move(time, time, first + at, count, 1, 2, "eviction")
-
-    def settle(self, base: int, pages: int) -> None:
-        """Do the same for what is about to be unmapped."""
-        engine, mm = self.mm.engine, self.mm
-        some = base // PAGE + np.arange(pages)
-        slots = mm.table.slots_of(some)
-        private = np.flatnonzero(mm.table.kind[slots] == Kind.DEVICE_PRIVATE)
-        frames = mm.table.frame[slots[private]].astype(np.int64)
-        for at in private[self.device.backing(frames) < self.device.first].tolist():
-            engine.trace.move(engine.now, engine.now, base // PAGE + at, 1, 1, 2, "eviction")
-
-    def snapshot(self, stage: str, base: int, pages: int, mirror: Dmirror | None) -> None:
-        """Copy both page tables."""
-        mm, device = self.mm, self.device
-        self.per_page = max(-(-pages // _ROWS), 1)
-        some = base // PAGE + np.arange(0, pages, self.per_page)
-        slots = mm.table.slots_of(some)
-        kind, bits = mm.table.kind[slots].copy(), mm.table.bits[slots]
-        frame = mm.table.frame[slots].astype(np.int64)
-        present = kind == Kind.PRESENT
-        kind[present & (frame == ZERO_PFN)] = 8
-        kind[present & (frame >= device.first)] = 9
-        rights = np.zeros(len(some), dtype=np.uint8)
-        near = np.zeros(len(some), dtype=np.bool_)
-        kept = near.copy()
-        on_device = kind == Kind.DEVICE_PRIVATE
-        kept[on_device] = device.backing(frame[on_device]) < device.first
-        if mirror is not None:
-            at = mirror.pt.slots_of(some)
-            rights = mirror.pt.rights[at].copy()
-            near = (rights > 0) & (device.backing(mirror.pt.frame[at]) >= device.first)
-        self.tables.append(Tables(stage, kind, bits & Bit.WRITABLE != 0, rights, near, kept))
-
-    def views(self) -> dict[str, Any]:
-        """Return everything, for `Run.views`."""
-        return {
-            "tables": list(self.tables), "commands": list(self.commands), "migrations": list(self.migrations),
-            "per_page": self.per_page,
-        }  # fmt: skip
-
-
-def content(session: Session) -> Integrity:
+def content(session: HmmSession) -> Integrity:
     """Compare every page with what was last written to it, wherever it is, without touching it."""
     s, table, memory = session, session.mm.table, session.memory
     slots = table.slots_of(s.base // PAGE + np.arange(s.parameters.pages))
@@ -234,51 +32,59 @@ def content(session: Session) -> Integrity:
     return Integrity(s.parameters.pages + s.record.compared, wrong + s.record.differed)
 
 
-def metrics(session: Session, conformance: Conformance) -> dict[str, float]:
-    """Return what the run counted, by flat names."""
-    s, trace = session, session.engine.trace
-    column = trace.spans.column
-    step, pages, cause, nbytes = column("step"), column("pages"), column("cause"), column("bytes")
-    duration, actor, value = column("end") - column("start"), column("actor"), column("value")
-
-    def of(name: str) -> NDArray[np.bool_]:
-        return np.asarray(step == trace.steps.ids.get(name, -1))
-
-    found: dict[str, float] = {"simulated_us": s.engine.now}
-    for name, started, ended in s.stages:
-        found[f"{name}_us"] = ended - started
-    faults = [m for m in s.record.commands if m.result == "0"]
-    found["faults"] = int(of("device_stall").sum()) + s.mm.faults
-    found["device_faults"], found["cpu_faults"] = int(of("device_stall").sum()), s.mm.faults
-    found["device_stalled_us"] = float(duration[of("device_stall")].sum())
-    found["faults_home"] = int(of("dmirror_devmem_fault").sum())
-    found["hmm_range_faults"] = int(of("hmm_range_fault").sum())
-    found["range_retries"] = found["hmm_range_faults"] - int(of("dmirror_do_fault").sum())
-    found["mirrored_pages"] = sum(m.cpages for m in faults if m.name in ("HMM_DMIRROR_READ", "HMM_DMIRROR_WRITE"))
-    for name, count in s.record.counts.items():
-        found[f"migrate_{name}_pages"] = count
-    found["evicted_pages"], found["handed_over_pages"] = s.device.evicted_pages, s.device.handed_over
-    copies = of("device_copy")
-    for way in ("HtoD", "DtoH"):
-        which = copies & (actor == trace.actors.ids.get(f"copy {way}", -1))
-        key = way.lower()
-        found[f"{key}_copies"], found[f"{key}_bytes"] = int(value[which].sum()), int(nbytes[which].sum())
-        found[f"{key}_us"] = float(duration[which].sum())
-    explicit = copies & (cause == trace.causes.ids.get("explicit", -1))
-    found["explicit_bytes"] = int(nbytes[explicit].sum())
-    found["bytes_moved"] = int(nbytes[copies].sum())
+def metrics(session: HmmSession, conformance: Conformance, checked: Integrity) -> dict[str, float]:
+    """Return flat names and numbers: counted in the trace, and in what the session compared and was told."""
+    s, trace, spans = session, session.engine.trace, SpanColumns(session.engine.trace)
+    found = {**time_metrics(s), **_fault_metrics(s, spans), **_copy_metrics(s, spans)}
     found["pointers_rewritten"] = s.record.rewritten
     found["visits_local"], found["visits_remote"] = s.record.near, s.record.far
     found["device_writes"], found["cpu_writes"] = s.record.device_writes, s.record.cpu_writes
-    starts = of("mmu_notifier_invalidate_range_start")
-    for event in EVENTS:
-        found[f"notifier_{event.name.lower()}"] = int((starts & (cause == trace.causes.ids.get(event.name, -1))).sum())
-    found["notifier_release"] = int(of("mmu_notifier_release").sum())
-    drops = of("dmirror_interval_invalidate")
-    found["mirror_invalidations"], found["mirror_entries_dropped"] = int(drops.sum()), int(pages[drops].sum())
+    found.update(_notifier_metrics(spans))
     found["device_used_pages"] = s.device.used
-    found["spans"], found["moves"] = len(trace.spans), len(trace.moves)
-    found["steps_reached"], found["steps_documented"] = len(conformance.steps_reached), conformance.steps_documented
-    found["words_compared"], found["pages_checked"] = s.record.compared, s.checked.pages_checked
-    found["lost_pages"] = s.checked.lost
+    found.update(conformance_metrics(trace, conformance))
+    found["words_compared"] = s.record.compared
+    return {**found, **integrity_metrics(checked)}
+
+
+def _fault_metrics(session: HmmSession, spans: SpanColumns) -> dict[str, float]:
+    """Count faults of both processors, and the pages that they brought into the mirror or moved."""
+    s, stalls = session, spans.of("device_stall")
+    device_faults, range_faults = int(stalls.sum()), int(spans.of("hmm_range_fault").sum())
+    found: dict[str, float] = {
+        "faults": device_faults + s.mm.faults, "device_faults": device_faults, "cpu_faults": s.mm.faults,
+        "device_stalled_us": float(spans.duration[stalls].sum()),
+        "faults_home": int(spans.of("dmirror_devmem_fault").sum()),
+        "hmm_range_faults": range_faults,
+        "range_retries": range_faults - int(spans.of("dmirror_do_fault").sum()),
+    }  # fmt: skip
+    done = [each for each in s.record.commands if each.result == "0"]
+    mirrored = [each.cpages for each in done if each.name in ("HMM_DMIRROR_READ", "HMM_DMIRROR_WRITE")]
+    found["mirrored_pages"] = sum(mirrored)
+    for name, count in s.record.counts.items():
+        found[f"migrate_{name}_pages"] = count
+    found["evicted_pages"], found["handed_over_pages"] = s.device.evicted_pages, s.device.handed_over
+    return found
+
+
+def _copy_metrics(session: HmmSession, spans: SpanColumns) -> dict[str, float]:
+    """Count copies by the device's engines, by direction, and the bytes that the walk without HMM copied."""
+    found: dict[str, float] = {}
+    copies, duration = spans.of("device_copy"), spans.duration
+    for way in ("HtoD", "DtoH"):
+        which, key = copies & spans.by(f"copy {way}"), way.lower()
+        found[f"{key}_copies"], found[f"{key}_bytes"] = spans.total("value", which), spans.total("bytes", which)
+        found[f"{key}_us"] = float(duration[which].sum())
+    found["explicit_bytes"] = spans.total("bytes", copies & spans.because("explicit"))
+    found["bytes_moved"] = spans.total("bytes", copies)
+    return found
+
+
+def _notifier_metrics(spans: SpanColumns) -> dict[str, float]:
+    """Count invalidations by their reason, and what they took from the mirror."""
+    starts, drops = spans.of("mmu_notifier_invalidate_range_start"), spans.of("dmirror_interval_invalidate")
+    found: dict[str, float] = {
+        f"notifier_{event.name.lower()}": int((starts & spans.because(event.name)).sum()) for event in EVENTS
+    }
+    found["notifier_release"] = int(spans.of("mmu_notifier_release").sum())
+    found["mirror_invalidations"], found["mirror_entries_dropped"] = int(drops.sum()), spans.total("pages", drops)
     return found
