@@ -50,6 +50,10 @@ class SpanColumns:
         """Return which spans have a cause."""
         return np.asarray(self["cause"] == self.trace.causes.ids.get(cause, -1))
 
+    def count(self, step: str) -> int:
+        """Return how many spans are of a step."""
+        return int(self.of(step).sum())
+
     def total(self, column: str, which: NDArray[np.bool_]) -> int:
         """Return a column's sum over some spans: bytes, pages, whatever comes in whole numbers."""
         return int(self[column][which].sum())

@@ -63,16 +63,16 @@ def metrics(session: CudaSession, conformance: Conformance, checked: Integrity) 
     for why in ("coherence", "prefetch", "eviction", "user"):
         found[f"{why}_bytes"] = spans.total("bytes", copies & spans.because(why))
     groups = spans.of("UvmEventTypeGpuFault")
-    found["cpu_faults"] = int(spans.of("UvmEventTypeCpuFault").sum())
+    found["cpu_faults"] = spans.count("UvmEventTypeCpuFault")
     found["gpu_fault_groups"], found["gpu_fault_us"] = int(groups.sum()), float(duration[groups].sum())
     found["gpu_faulting_pages"] = spans.total("pages", groups)
-    found["replays"], found["evictions"] = int(spans.of("UvmEventTypeGpuFaultReplay").sum()), gpu.pmm.evictions
+    found["replays"], found["evictions"] = spans.count("UvmEventTypeGpuFaultReplay"), gpu.pmm.evictions
     found["faults_dropped"] = gpu.fault_buffer.dropped
     for name, event in (
         ("thrashing_pages", "ThrashingDetected"), ("throttles", "ThrottlingStart"), ("remote_maps", "MapRemote"),
         ("read_duplicates", "ReadDuplicate"), ("fatal_faults", "FatalFault"),
     ):  # fmt: skip
-        found[name] = int(spans.of(f"UvmEventType{event}").sum())
+        found[name] = spans.count(f"UvmEventType{event}")
     found["host_peak_bytes"], found["gpu_used_bytes"] = session.va_space.host.used * 4096, _gpu_used(session)
     return {**found, **conformance_metrics(trace, conformance), **integrity_metrics(checked)}
 

@@ -49,13 +49,13 @@ def metrics(session: HmmSession, conformance: Conformance, checked: Integrity) -
 def _fault_metrics(session: HmmSession, spans: SpanColumns) -> dict[str, float]:
     """Count faults of both processors, and the pages that they brought into the mirror or moved."""
     s, stalls = session, spans.of("device_stall")
-    device_faults, range_faults = int(stalls.sum()), int(spans.of("hmm_range_fault").sum())
+    device_faults, range_faults = int(stalls.sum()), spans.count("hmm_range_fault")
     found: dict[str, float] = {
         "faults": device_faults + s.mm.faults, "device_faults": device_faults, "cpu_faults": s.mm.faults,
         "device_stalled_us": float(spans.duration[stalls].sum()),
-        "faults_home": int(spans.of("dmirror_devmem_fault").sum()),
+        "faults_home": spans.count("dmirror_devmem_fault"),
         "hmm_range_faults": range_faults,
-        "range_retries": range_faults - int(spans.of("dmirror_do_fault").sum()),
+        "range_retries": range_faults - spans.count("dmirror_do_fault"),
     }  # fmt: skip
     done = [each for each in s.record.commands if each.result == "0"]
     mirrored = [each.cpages for each in done if each.name in ("HMM_DMIRROR_READ", "HMM_DMIRROR_WRITE")]
@@ -85,6 +85,6 @@ def _notifier_metrics(spans: SpanColumns) -> dict[str, float]:
     found: dict[str, float] = {
         f"notifier_{event.name.lower()}": int((starts & spans.because(event.name)).sum()) for event in EVENTS
     }
-    found["notifier_release"] = int(spans.of("mmu_notifier_release").sum())
+    found["notifier_release"] = spans.count("mmu_notifier_release")
     found["mirror_invalidations"], found["mirror_entries_dropped"] = int(drops.sum()), spans.total("pages", drops)
     return found

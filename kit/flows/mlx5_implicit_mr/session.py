@@ -7,15 +7,12 @@ from typing import Self
 import numpy as np
 
 from kit.drivers.mlx5 import verbs
-from kit.drivers.mlx5.enums import U64_MAX, Access
-from kit.drivers.mlx5.objects import Mlx5IbMr
-from kit.errors import Errno, raise_for
+from kit.errors import raise_for
 from kit.flows.mlx5_implicit_mr.parameters import ImplicitParameters
-from kit.flows.rdma.content import PAGE, Area, cpu_write
+from kit.flows.rdma.content import Area, cpu_write
+from kit.flows.rdma.one_sided import OneSidedSession
 from kit.flows.rdma.pressure import chosen_pages, page_out
-from kit.flows.rdma.session import RdmaSession
-from kit.flows.rdma.traffic import Traffic, Transfer, cut
-from kit.flows.run import Allocation, Integrity
+from kit.flows.rdma.traffic import Transfer, cut, transfers_of
 from kit.memory.mmap import mmap
 from kit.memory.types import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_PRIVATE, PROT_READ, PROT_WRITE
 from kit.sim.engine import Wait
@@ -23,23 +20,18 @@ from kit.sim.engine import Wait
 __all__ = ["STAGES", "ImplicitSession"]
 
 STAGES = ("open_device", "register", "rdma_write", "page_out", "write_again", "deregister")
-REMOTE = Access.LOCAL_WRITE | Access.REMOTE_WRITE | Access.REMOTE_READ
 CPU_NUMBERS = 1 << 30  # stamps of the CPU: far from those of messages
 MAPPING = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
 
 
-class ImplicitSession(RdmaSession):
+class ImplicitSession(OneSidedSession):
     """The flow as an object with one method a stage."""
 
-    flow = "mlx5_implicit_mr"
     stages_of = STAGES
     parameters: ImplicitParameters
 
     def __init__(self, parameters: ImplicitParameters, scenario: str = "") -> None:
-        super().__init__(parameters, scenario)
-        self.areas: list[Area] = []
-        self.traffic = Traffic(self, parameters.message_bytes, parameters.depth)
-        self._mr: Mlx5IbMr | None = None
+        super().__init__(parameters, scenario, parameters.message_bytes, parameters.depth, parameters.qps)
 
     def open_device(self) -> Self:
         """Load the module, open the devices, map the areas, connect queue pairs."""
@@ -65,16 +57,10 @@ class ImplicitSession(RdmaSession):
         """Call ibv_dereg_mr: the key goes, then the children, then their pages' DMA mappings."""
         return self.stage("deregister")
 
-    @property
-    def mr(self) -> Mlx5IbMr:
-        """The region over the whole address space."""
-        assert self._mr is not None, "register comes first"
-        return self._mr
-
     # -- stages ----------------------------------------------------------------------------------------------------
 
     def _open_device(self) -> Wait:
-        yield from self._open()
+        yield from self.open_hosts()
         p, host = self.parameters, self.responder
         for index in range(p.areas):
             va = p.area_address + index * p.area_stride
@@ -83,10 +69,7 @@ class ImplicitSession(RdmaSession):
                     host.mm, host.cpu, p.area_bytes, PROT_READ | PROT_WRITE, MAPPING, addr=va, name=f"area {index}"
                 ))
             )  # fmt: skip
-            area = Area(f"area {index}", va, p.area_bytes // PAGE, host.memory.words)
-            self.areas.append(area)
-            self.allocations.append(Allocation(area.name, va, p.area_bytes))
-            yield from self._touch(area)
+            yield from self._touch(self.add_area(f"area {index}", va, p.area_bytes))
         yield from self.traffic.prepare()
 
     def _touch(self, area: Area) -> Wait:
@@ -97,13 +80,7 @@ class ImplicitSession(RdmaSession):
         yield from cpu_write(host.mm, host.cpu, area, pages, CPU_NUMBERS + len(self.areas), self.rng)
 
     def _register(self) -> Wait:
-        host = self.responder
-        mr = yield from verbs.reg_mr(host.pd, host.cpu, 0, U64_MAX, REMOTE | Access.ON_DEMAND)
-        if isinstance(mr, Errno):
-            raise_for(mr)
-        self._mr = mr
-        host.mrs.append(("implicit", mr))
-        self.arm(host)
+        yield from self.register_one("implicit")
 
     def _rdma_write(self) -> Wait:
         yield from self._round(during=self.parameters.page_out_when == "during")
@@ -143,13 +120,10 @@ class ImplicitSession(RdmaSession):
             if p.pattern == "strided" and len(parts) > 2:
                 stride = max(int(len(parts) ** 0.5), 2)
                 parts = [part for first in range(stride) for part in parts[first::stride]]
-            found += [(area, address, length) for address, length in parts]
+            found += parts
         if p.pattern == "random":
             found = [found[at] for at in self.rng.permutation(len(found))]
-        reads = np.full(len(found), p.operation == "read")
-        if p.operation == "mixed":
-            reads = self.rng.random(len(found)) < p.read_share
-        return [Transfer(*each, read=bool(read)) for each, read in zip(found, reads, strict=True)]
+        return transfers_of(found, p.operation, p.read_share, self.rng)
 
     def _leave(self, while_in_use: bool) -> Wait:
         p, host = self.parameters, self.responder
@@ -165,14 +139,8 @@ class ImplicitSession(RdmaSession):
 
     # -- the result --------------------------------------------------------------------------------------------------
 
-    def integrity(self) -> Integrity:
-        """Compare every page of the areas, and every page that READs brought."""
-        found = [area.check(self.responder.mm) for area in self.areas]
-        checked = sum(each for each, _ in found) + self.traffic.reads_checked
-        return Integrity(checked, sum(lost for _, lost in found) + self.traffic.reads_lost)
-
-    def metrics(self) -> dict[str, float]:
+    def own_metrics(self) -> dict[str, float]:
         """Return what is particular to implicit regions."""
-        mr, dev = self._mr, self.responder.dev
-        children = len(mr.implicit_children) if mr is not None else 0
-        return {"ksm_entries": dev.imr.ksm_entries, "child_bytes": dev.imr.mtt_size, "children": children}
+        imr = self.responder.dev.imr
+        children = sum(len(mr.implicit_children) for _name, mr in self.responder.mrs)
+        return {"ksm_entries": imr.ksm_entries, "child_bytes": imr.mtt_size, "children": children}

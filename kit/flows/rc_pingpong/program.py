@@ -32,8 +32,9 @@ from kit.flows.rc_pingpong.libibverbs import (
     ibv_reg_buf_mr,
     ibv_reg_mr,
 )  # fmt: skip
-from kit.flows.rdma.content import PAGE, Area
+from kit.flows.rdma.content import Area
 from kit.memory.access import store, write_bytes
+from kit.memory.types import PAGE
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:

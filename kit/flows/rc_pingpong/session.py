@@ -11,6 +11,7 @@ from kit.errors import DriverError
 from kit.flows.rc_pingpong.libibverbs import Pingpong
 from kit.flows.rc_pingpong.parameters import PingpongParameters
 from kit.flows.rc_pingpong.program import main
+from kit.flows.rdma.content import add_up
 from kit.flows.rdma.hosts import probe
 from kit.flows.rdma.pressure import page_out
 from kit.flows.rdma.session import RdmaSession
@@ -26,7 +27,6 @@ GATES = ("messages", "end")
 class PingpongSession(RdmaSession):
     """The flow as an object with one method a stage. The requester is the client, the responder the server."""
 
-    flow = "rc_pingpong"
     stages_of = STAGES
     parameters: PingpongParameters
 
@@ -62,7 +62,7 @@ class PingpongSession(RdmaSession):
     # -- stages ----------------------------------------------------------------------------------------------------
 
     def _load_module(self) -> Wait:
-        for host in (self.requester, self.responder):
+        for host in self.hosts:
             yield from probe(host)
 
     def _start(self) -> Wait:
@@ -119,10 +119,10 @@ class PingpongSession(RdmaSession):
 
     def integrity(self) -> Integrity:
         """Compare both buffers with what the last message left in them."""
-        found = [side.area.check(side.host.mm) for side in (self.client, self.server) if side.area is not None]
-        return Integrity(sum(each for each, _ in found), sum(lost for _, lost in found))
+        sides = (self.client, self.server)
+        return add_up(side.area.check(side.host.mm) for side in sides if side.area is not None)
 
-    def metrics(self) -> dict[str, float]:
+    def own_metrics(self) -> dict[str, float]:
         """Return what the program prints, as numbers."""
         p, client = self.parameters, self.client
         found: dict[str, float] = {"round_trips": client.rcnt, "inline": float(client.inline)}
@@ -135,7 +135,7 @@ class PingpongSession(RdmaSession):
 
     def printed(self) -> str:
         """Return what the client prints at its end, in the program's words."""
-        p, m = self.parameters, self.metrics()
+        p, m = self.parameters, self.own_metrics()
         if "elapsed_us" not in m:
             return "".join(f"{line}\n" for line in [*self.client.printed, *self.errors])
         seconds, nbytes = m["elapsed_us"] / 1e6, p.size * p.iters * 2

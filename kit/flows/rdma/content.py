@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.drivers.mlx5.payload import gather, scatter
+from kit.flows.run import Integrity
 from kit.memory.access import store, write_bytes
-from kit.memory.types import Kind
+from kit.memory.types import PAGE, Kind
 
 if TYPE_CHECKING:
     from kit.memory.mm import Mm
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["Area", "cpu_write", "frames_of", "message_bytes", "peek"]
+__all__ = ["Area", "add_up", "cpu_write", "frames_of", "message_bytes", "peek"]
 
-PAGE = 4096
 HELD = (Kind.PRESENT, Kind.DEVICE_PRIVATE, Kind.DEVICE_EXCLUSIVE, Kind.MIGRATION)
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
@@ -88,6 +89,12 @@ class Area:
         same |= self.maybe_zero & ~there.any(axis=1)
         checked = ~self.unknown
         return int(checked.sum()), int((checked & ~same).sum())
+
+
+def add_up(found: Iterable[tuple[int, int]]) -> Integrity:
+    """Return what several checks found together: pages compared, pages lost."""
+    checks = list(found)
+    return Integrity(sum(pages for pages, _ in checks), sum(lost for _, lost in checks))
 
 
 def cpu_write(

@@ -8,17 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import raise_for
-from kit.flows.rdma.content import PAGE, Area, cpu_write
+from kit.flows.rdma.content import Area, cpu_write
 from kit.memory.madvise import madvise
 from kit.memory.mmap import munmap
-from kit.memory.types import MADV_DONTNEED, MADV_PAGEOUT
+from kit.memory.notify import runs
+from kit.memory.types import MADV_DONTNEED, MADV_PAGEOUT, PAGE
 
 if TYPE_CHECKING:
     from kit.flows.rdma.hosts import Host
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["chosen_pages", "page_out", "runs"]
-
+__all__ = ["chosen_pages", "page_out"]
 
 REWRITTEN = 1 << 34  # stamps of the CPU's second writing: far from all others
 
@@ -33,14 +33,6 @@ def chosen_pages(pattern: str, first: int, count: int, rng: np.random.Generator)
     if pattern == "random":
         return np.sort(rng.permutation(pages)[: max(count // 2, 1)])
     return pages
-
-
-def runs(pages: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return (first, count) of each run of consecutive numbers."""
-    cuts = np.flatnonzero(np.diff(pages) != 1) + 1
-    firsts = np.concatenate(([0], cuts)) if len(pages) else np.empty(0, dtype=np.int64)
-    lengths = np.diff(np.concatenate((firsts, [len(pages)])))
-    return list(zip(pages[firsts].tolist(), lengths.tolist(), strict=True)) if len(pages) else []
 
 
 def page_out(

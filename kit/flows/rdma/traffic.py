@@ -14,16 +14,16 @@ from kit.drivers.mlx5.descriptors import SendWr, Sge
 from kit.drivers.mlx5.enums import Access, WcStatus, WrOpcode
 from kit.drivers.mlx5.payload import gather, scatter
 from kit.errors import raise_for
-from kit.flows.rdma.content import PAGE, Area, frames_of, message_bytes
+from kit.flows.rdma.content import Area, frames_of, message_bytes
 from kit.memory.mmap import mmap
-from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
+from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, PAGE, PROT_READ, PROT_WRITE
 
 if TYPE_CHECKING:
     from kit.flows.rdma.hosts import Connection, Host
-    from kit.flows.rdma.session import RdmaSession
+    from kit.flows.rdma.one_sided import OneSidedSession
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["Traffic", "Transfer", "cut"]
+__all__ = ["Traffic", "Transfer", "cut", "transfers_of"]
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,24 @@ class _Lane:
         return self.base + slot * self.slot_bytes + remote % PAGE
 
 
-def cut(area: Area, first_page: int, pages: int, message: int) -> list[tuple[int, int]]:
-    """Return (address, length) of the messages that cover some pages of an area, in order."""
+Part = tuple[Area, int, int]
+"""Area, address and length of a message."""
+
+
+def cut(area: Area, first_page: int, pages: int, message: int) -> list[Part]:
+    """Return the messages that cover some pages of an area, in order."""
     start, end = area.va + first_page * PAGE, area.va + (first_page + pages) * PAGE
-    return [(at, min(message, end - at)) for at in range(start, end, message)]
+    return [(area, at, min(message, end - at)) for at in range(start, end, message)]
+
+
+def transfers_of(
+    parts: Sequence[Part], operation: str, read_share: float, rng: np.random.Generator
+) -> list[Transfer]:  # fmt: skip
+    """Return what is done to each part: ``write``, ``read``, or ``mixed`` with a share of READs."""
+    reads = np.full(len(parts), operation == "read")
+    if operation == "mixed":
+        reads = rng.random(len(parts)) < read_share
+    return [Transfer(*part, read=bool(read)) for part, read in zip(parts, reads, strict=True)]
 
 
 class Traffic:
@@ -62,7 +76,7 @@ class Traffic:
 
     Parameters
     ----------
-    session : RdmaSession
+    session : OneSidedSession
     message_bytes, depth : int
         Largest message; messages that a queue pair has under way at a time.
     after : callable, optional
@@ -75,7 +89,7 @@ class Traffic:
     """
 
     def __init__(
-        self, session: RdmaSession, message_bytes: int, depth: int, after: Callable[[Transfer], None] | None = None
+        self, session: OneSidedSession, message_bytes: int, depth: int, after: Callable[[Transfer], None] | None = None
     ) -> None:  # fmt: skip
         self.session, self.message_bytes, self.depth, self.after = session, message_bytes, depth, after
         self.host: Host = session.requester

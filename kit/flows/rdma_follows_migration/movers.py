@@ -18,9 +18,9 @@ from kit.drivers.dmirror_types import (
     HmmDmirrorCmd,
 )
 from kit.errors import Errno, raise_for
-from kit.flows.rdma.content import PAGE, Area, message_bytes
+from kit.flows.rdma.content import Area, message_bytes
 from kit.memory.special import unmap_mapping_range
-from kit.memory.types import PG, Kind
+from kit.memory.types import PAGE, PG, Kind
 
 if TYPE_CHECKING:
     from kit.flows.rdma.hosts import Host

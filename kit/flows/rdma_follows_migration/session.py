@@ -7,40 +7,34 @@ from typing import Self
 import numpy as np
 
 from kit.drivers.mlx5 import verbs
-from kit.drivers.mlx5.enums import MTT_PRESENT, U64_MAX, Access
-from kit.drivers.mlx5.objects import Mlx5IbMr
-from kit.errors import Errno, raise_for
-from kit.flows.rdma.content import PAGE, Area, cpu_write, frames_of
-from kit.flows.rdma.session import RdmaSession
-from kit.flows.rdma.traffic import Traffic, Transfer, cut
+from kit.drivers.mlx5.enums import MTT_PRESENT
+from kit.errors import raise_for
+from kit.flows.rdma.content import Area, cpu_write, frames_of
+from kit.flows.rdma.one_sided import OneSidedSession
+from kit.flows.rdma.traffic import Transfer, cut, transfers_of
 from kit.flows.rdma_follows_migration.movers import FileSystem, Gpu, Moved
 from kit.flows.rdma_follows_migration.parameters import FollowsParameters
-from kit.flows.run import Allocation, Integrity
 from kit.memory.access import load
 from kit.memory.file import File
 from kit.memory.mmap import mmap
-from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
+from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PAGE, PROT_READ, PROT_WRITE
 from kit.sim.engine import Wait
 
 __all__ = ["STAGES", "FollowsSession"]
 
 STAGES = ("open_device", "register", "rdma", "move", "rdma_follows", "more_rounds", "read_back", "deregister")
-REMOTE = Access.LOCAL_WRITE | Access.REMOTE_WRITE | Access.REMOTE_READ
 
 
-class FollowsSession(RdmaSession):
+class FollowsSession(OneSidedSession):
     """The flow as an object with one method a stage."""
 
-    flow = "rdma_follows_migration"
     stages_of = STAGES
     parameters: FollowsParameters
 
     def __init__(self, parameters: FollowsParameters, scenario: str = "") -> None:
-        super().__init__(parameters, scenario)
-        self.area: Area | None = None
-        self._mr: Mlx5IbMr | None = None
+        p = parameters
+        super().__init__(p, scenario, p.message_bytes, p.depth, p.qps, after=self._watch)
         self.mover: Gpu | FileSystem | None = None
-        self.traffic = Traffic(self, parameters.message_bytes, parameters.depth, after=self._watch)
         self.moved = Moved()
         self.detected = self.numbers = 0
 
@@ -82,15 +76,15 @@ class FollowsSession(RdmaSession):
         return self.stage("deregister")
 
     @property
-    def mr(self) -> Mlx5IbMr:
-        """The region over the buffer."""
-        assert self._mr is not None, "register comes first"
-        return self._mr
+    def area(self) -> Area:
+        """The buffer."""
+        assert self.areas, "open_device comes first"
+        return self.areas[0]
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
     def _open_device(self) -> Wait:
-        yield from self._open()
+        yield from self.open_hosts()
         p, host = self.parameters, self.responder
         pages = p.bytes // PAGE
         file = File(host.memory, pages, name="data") if p.mover == "file_system" else None
@@ -98,24 +92,15 @@ class FollowsSession(RdmaSession):
         va = raise_for(
             (yield from mmap(host.mm, host.cpu, p.bytes, PROT_READ | PROT_WRITE, flags, file, name="buffer"))
         )
-        self.area = Area("buffer", va, pages, host.memory.words)
-        self.allocations.append(Allocation("buffer", va, p.bytes))
-        yield from cpu_write(host.mm, host.cpu, self.area, np.arange(pages), 1 << 30, self.rng)
+        area = self.add_area("buffer", va, p.bytes)
+        yield from cpu_write(host.mm, host.cpu, area, np.arange(pages), 1 << 30, self.rng)
         gpu_pages = -(-p.gpu_memory_bytes // PAGE // 512) * 512
         self.mover = FileSystem(host, file) if file is not None else Gpu(host, self.machine, gpu_pages)
         yield from self.mover.open()
         yield from self.traffic.prepare()
 
     def _register(self) -> Wait:
-        host, p, area = self.responder, self.parameters, self._area()
-        flags = REMOTE | (0 if p.kind == "pinned" else int(Access.ON_DEMAND))
-        start, length = (0, U64_MAX) if p.kind == "implicit" else (area.va, p.bytes)
-        mr = yield from verbs.reg_mr(host.pd, host.cpu, start, length, flags)
-        if isinstance(mr, Errno):
-            raise_for(mr)
-        self._mr = mr
-        host.mrs.append((p.kind, mr))
-        self.arm(host)
+        yield from self.register_one(self.parameters.kind, self.area.va, self.parameters.bytes)
 
     def _rdma(self) -> Wait:
         yield from self._messages()
@@ -135,7 +120,7 @@ class FollowsSession(RdmaSession):
             yield from self._messages()
 
     def _read_back(self) -> Wait:
-        area, host = self._area(), self.responder
+        area, host = self.area, self.responder
         host.cpu.now = max(host.cpu.now, self.engine.now)
         yield from load(host.mm, host.cpu, area.va // PAGE + np.arange(area.pages))
         yield from host.cpu.sync()
@@ -146,22 +131,14 @@ class FollowsSession(RdmaSession):
         if self.mover is not None:
             yield from self.mover.close()
 
-    def _area(self) -> Area:
-        assert self.area is not None
-        return self.area
-
     def _messages(self) -> Wait:
-        p, area = self.parameters, self._area()
+        p, area = self.parameters, self.area
         parts = cut(area, 0, area.pages, p.message_bytes)
-        reads = np.full(len(parts), p.operation == "read")
-        if p.operation == "mixed":
-            reads = self.rng.random(len(parts)) < p.read_share
-        transfers = [Transfer(area, at, size, bool(read)) for (at, size), read in zip(parts, reads, strict=True)]
-        yield from self.traffic.run(transfers, self.mr.rkey)
+        yield from self.traffic.run(transfers_of(parts, p.operation, p.read_share, self.rng), self.mr.rkey)
 
     def _move_all(self) -> Wait:
         """Move every page; with the notifiers off nobody is told."""
-        p, mm, area = self.parameters, self.responder.mm, self._area()
+        p, mm, area = self.parameters, self.responder.mm, self.area
         assert self.mover is not None
         told = mm.notifier_subscriptions
         if not p.notifiers:
@@ -191,9 +168,9 @@ class FollowsSession(RdmaSession):
 
     def _stale(self, transfer: Transfer) -> int:
         """Return how many of a message's pages the adapter would look for in a place where they are not."""
-        hca, mr = self.responder.dev.hca, self._mr
-        if mr is None or self.parameters.notifiers:
+        if self.parameters.notifiers:
             return 0
+        hca, mr = self.responder.dev.hca, self.mr
         key = mr.mmkey.key
         if mr.is_odp_implicit:
             child = mr.implicit_children.get(transfer.address >> self.responder.dev.imr.mtt_shift)
@@ -215,14 +192,7 @@ class FollowsSession(RdmaSession):
 
     # -- the result --------------------------------------------------------------------------------------------------
 
-    def integrity(self) -> Integrity:
-        """Compare every page of the buffer, and every page that READs brought."""
-        if self.area is None:
-            return Integrity(0, 0)
-        checked, lost = self.area.check(self.responder.mm)
-        return Integrity(checked + self.traffic.reads_checked, lost + self.traffic.reads_lost)
-
-    def metrics(self) -> dict[str, float]:
+    def own_metrics(self) -> dict[str, float]:
         """Return what became of the moves."""
         return {
             "pages_moved": self.moved.went,
