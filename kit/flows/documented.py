@@ -7,13 +7,14 @@ called by a documented caller and when the callees of each call come in the docu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from kit.errors import KitError, did_you_mean
+from kit.flows.documented_files import Calls, complete, flat
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from kit.sim.trace import Trace
 
 __all__ = ["Calls", "Conformance", "Documented", "FlowFileError", "Order", "Step"]
-
-Calls: TypeAlias = "list[str | Calls]"
 
 
 class FlowFileError(KitError, ValueError):
@@ -169,8 +168,6 @@ class Documented:
     @classmethod
     def read(cls, path: Path, variant: str = "") -> Documented:
         """Read a file with documented steps, and what it takes over from others."""
-        from kit.flows.documented_files import complete
-
         return cls(complete(path, variant))
 
     def _validate(self) -> None:
@@ -216,12 +213,3 @@ class Documented:
             violations=violations(self, trace),
             not_reached={step.name: step.when for step in self.steps.values() if step.name not in seen},
         )
-
-
-def flat(calls: Calls) -> Iterator[str]:
-    """Yield the callees of `calls` by position, loops opened."""
-    for call in calls:
-        if isinstance(call, str):
-            yield call
-        else:
-            yield from flat(call)

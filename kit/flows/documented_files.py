@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeAlias
 
-__all__ = ["complete", "read_file"]
+__all__ = ["Calls", "complete", "flat", "read_file"]
 
 Calls: TypeAlias = "list[str | Calls]"
 Rows: TypeAlias = "dict[str, dict[str, Any]]"
@@ -104,16 +104,17 @@ def _reached(roots: Iterable[str], rows: Mapping[str, Mapping[str, Any]]) -> set
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting += _flat(rows[name]["calls"]) if name in rows else []
+            waiting += flat(rows[name]["calls"]) if name in rows else []
     return found
 
 
-def _flat(calls: Calls) -> Iterator[str]:
+def flat(calls: Calls) -> Iterator[str]:
+    """Yield the callees of `calls` by position, loops opened."""
     for call in calls:
         if isinstance(call, str):
             yield call
         else:
-            yield from _flat(call)
+            yield from flat(call)
 
 
 def _union(lists: Iterable[Iterable[str]]) -> list[str]:

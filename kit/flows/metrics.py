@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kit.flows.documented import Conformance
     from kit.flows.run import Integrity
     from kit.flows.session import Session
-    from kit.sim.trace import Trace
+    from kit.sim.trace import Names, Trace
 
 __all__ = ["SpanColumns", "conformance_metrics", "integrity_metrics", "time_metrics"]
 
@@ -40,15 +40,18 @@ class SpanColumns:
 
     def of(self, step: str) -> NDArray[np.bool_]:
         """Return which spans are of a step; a step that never ran has none."""
-        return np.asarray(self["step"] == self.trace.steps.ids.get(step, -1))
+        return self._have("step", self.trace.steps, step)
 
     def by(self, actor: str) -> NDArray[np.bool_]:
         """Return which spans are an actor's."""
-        return np.asarray(self["actor"] == self.trace.actors.ids.get(actor, -1))
+        return self._have("actor", self.trace.actors, actor)
 
     def because(self, cause: str) -> NDArray[np.bool_]:
         """Return which spans have a cause."""
-        return np.asarray(self["cause"] == self.trace.causes.ids.get(cause, -1))
+        return self._have("cause", self.trace.causes, cause)
+
+    def _have(self, column: str, words: Names, word: str) -> NDArray[np.bool_]:
+        return np.asarray(self[column] == words.ids.get(word, -1))
 
     def count(self, step: str) -> int:
         """Return how many spans are of a step."""

@@ -11,12 +11,10 @@ from functools import cache
 import pytest
 
 import kit
-from kit import paths
 from kit.flows.registry import load_scenario
 from kit.flows.run import Run
 from kit.report.figures.window import COLUMN
 
-FLOWS = ("mlx5_implicit_mr", "mlx5_odp_mr", "rc_pingpong", "rdma_follows_migration")
 CHUNK = (1 << 20) - 64  # MLX5_MAX_UMR_CHUNK
 
 
@@ -317,18 +315,13 @@ def test_without_notifiers_stale_data_is_detected_and_reported(mover: str) -> No
 # -- all scenarios
 
 
-@pytest.mark.parametrize("flow", FLOWS)
-def test_between_them_the_scenarios_reach_every_step_of_the_seeds_tree_but_dma_buf(flow: str) -> None:
-    """Checked once, over all four flows; only a dma-buf region would reach mlx5_umem_dmabuf_default_pgsz."""
-    if flow != FLOWS[0]:
-        assert paths.scenarios(flow)
-        return
-    seen: set[str] = set()
-    for name in ("default", "no_fault_objects"):
-        seen |= set(ran("mlx5_implicit_mr", name).conformance.steps_reached)
-    for name in ("default", "larger_than_the_cache"):
-        seen |= set(ran("mlx5_odp_mr", name).conformance.steps_reached)
-    seen |= set(ran("rc_pingpong", "iodp_prefetch").conformance.steps_reached)
+def test_between_them_the_scenarios_reach_every_step_of_the_seeds_tree_but_dma_buf() -> None:
+    """Only a dma-buf region would reach mlx5_umem_dmabuf_default_pgsz."""
+    scenarios = (
+        ("mlx5_implicit_mr", "default"), ("mlx5_implicit_mr", "no_fault_objects"), ("mlx5_odp_mr", "default"),
+        ("mlx5_odp_mr", "larger_than_the_cache"), ("rc_pingpong", "iodp_prefetch"),
+    )  # fmt: skip
+    seen = {step for flow, name in scenarios for step in ran(flow, name).conformance.steps_reached}
     assert set(SEED.split()) - seen == set()
 
 

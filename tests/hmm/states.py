@@ -25,40 +25,7 @@ from kit.memory.types import (
 )
 
 Builder = Callable[[Fixture], Program]
-STATES: dict[str, Builder] = {}
 STAMP = 77
-
-
-def state(build: Builder) -> Builder:
-    STATES[build.__name__] = build
-    return build
-
-
-def page(t: Fixture, prot: int = RW, flags: int = ANON, file: object = None, size: int = PAGE) -> Program:
-    start = yield from t.process.mmap(size, prot, flags, file)
-    assert start > 0
-    if flags == ANON:
-        assert (yield from t.process.madvise(start, size, MADV_NOHUGEPAGE)) == 0
-    return start
-
-
-def huge(t: Fixture, prot: int = RW) -> Program:
-    base = yield from t.process.mmap(2 * TWOMEG, prot, ANON)
-    start = -(-base // TWOMEG) * TWOMEG
-    assert (yield from t.process.madvise(start, TWOMEG, MADV_HUGEPAGE)) == 0
-    return start
-
-
-def written(t: Fixture, start: int, pages: int = 1) -> Program:
-    yield from t.process.store_stamps(start, np.arange(STAMP, STAMP + pages))
-    return start
-
-
-def command(t: Fixture, fd: object, what: int, start: int, pages: int = 1) -> Program:
-    buffer = Buffer(start, pages * PAGE, t.mirror(pages), start)
-    assert (yield from t.process.ioctl(fd, what, buffer, pages)) == 0
-    assert buffer.cpages == pages
-    return start
 
 
 def entry_kind(p: Process, start: int) -> int:
@@ -66,71 +33,106 @@ def entry_kind(p: Process, start: int) -> int:
     return int(p.mm.table.kind[slot]) if slot >= 0 else 0
 
 
-@state
+# -- how one state follows from another
+
+
+def area(prot: int = RW, flags: int = ANON, file: bool = False) -> Builder:
+    """A mapped page that nobody has touched; never part of a huge one."""
+
+    def build(t: Fixture) -> Program:
+        start = yield from t.process.mmap(PAGE, prot, flags, t.create_file(PAGE) if file else None)
+        assert start > 0
+        if flags == ANON:
+            assert (yield from t.process.madvise(start, PAGE, MADV_NOHUGEPAGE)) == 0
+        return start
+
+    return build
+
+
+def of_vma(flag: int) -> Builder:
+    """An untouched page of a VMA with a flag that keeps HMM out."""
+
+    def build(t: Fixture) -> Program:
+        start = yield from hole(t)
+        t.process.mm.find(start // PAGE).flags |= flag
+        return start
+
+    return build
+
+
+def stored(before: Builder, pages: int = 1) -> Builder:
+    def build(t: Fixture) -> Program:
+        start = yield from before(t)
+        yield from t.process.store_stamps(start, np.arange(STAMP, STAMP + pages))
+        return start
+
+    return build
+
+
+def loaded(before: Builder) -> Builder:
+    def build(t: Fixture) -> Program:
+        start = yield from before(t)
+        yield from t.process.load_stamps(start, 1)
+        return start
+
+    return build
+
+
+def protected(before: Builder, prot: int = PROT_READ, length: int = PAGE) -> Builder:
+    def build(t: Fixture) -> Program:
+        start = yield from before(t)
+        assert (yield from t.process.mprotect(start, length, prot)) == 0
+        return start
+
+    return build
+
+
+def commanded(before: Builder, device: int, what: int = HMM_DMIRROR_MIGRATE_TO_DEV, pages: int = 1) -> Builder:
+    """The page after a command to one of the devices, which must have done it for all pages."""
+
+    def build(t: Fixture) -> Program:
+        start = yield from before(t)
+        buffer = Buffer(start, pages * PAGE, t.mirror(pages), start)
+        assert (yield from t.process.ioctl(t.fds[device], what, buffer, pages)) == 0
+        assert buffer.cpages == pages
+        return start
+
+    return build
+
+
+def with_bit(before: Builder, bit: int) -> Builder:
+    def build(t: Fixture) -> Program:
+        start = yield from before(t)
+        table = t.process.mm.table
+        slots = table.slots(start // PAGE, 1)
+        table.set_bits(slots, int(table.bits[slots][0]) | bit)
+        return start
+
+    return build
+
+
+# -- states of a kind of their own, and those that others are made of
+
+
+def huge_hole(t: Fixture) -> Program:
+    base = yield from t.process.mmap(2 * TWOMEG, RW, ANON)
+    start = -(-base // TWOMEG) * TWOMEG
+    assert (yield from t.process.madvise(start, TWOMEG, MADV_HUGEPAGE)) == 0
+    return start
+
+
 def gap(t: Fixture) -> Program:
-    start = yield from page(t)
+    start = yield from hole(t)
     assert (yield from t.process.munmap(start, PAGE)) == 0
     return start
 
 
-@state
-def io_vma(t: Fixture) -> Program:
-    start = yield from page(t)
-    t.process.mm.find(start // PAGE).flags |= VM_IO
-    return start
-
-
-@state
-def pfnmap_vma(t: Fixture) -> Program:
-    start = yield from page(t)
-    t.process.mm.find(start // PAGE).flags |= VM_PFNMAP
-    return start
-
-
-@state
-def prot_none(t: Fixture) -> Program:
-    start = yield from written(t, (yield from page(t)))
-    assert (yield from t.process.mprotect(start, PAGE, PROT_NONE)) == 0
-    return start
-
-
-@state
-def hole(t: Fixture) -> Program:
-    return (yield from page(t))
-
-
-@state
-def hole_read_only(t: Fixture) -> Program:
-    return (yield from page(t, PROT_READ))
-
-
-@state
-def zero_page(t: Fixture) -> Program:
-    start = yield from page(t)
-    yield from t.process.load_stamps(start, 1)
-    return start
-
-
-@state
-def anon(t: Fixture) -> Program:
-    return (yield from written(t, (yield from page(t))))
-
-
-@state
-def anon_read_only(t: Fixture) -> Program:
-    start = yield from anon(t)
-    assert (yield from t.process.mprotect(start, PAGE, PROT_READ)) == 0
-    return start
-
-
-@state
 def anon_forked(t: Fixture) -> Program:
     start = yield from anon(t)
     t.children.append((yield from t.process.fork(Process.pause)))
     return start
 
 
-@state
 def swapped(t: Fixture) -> Program:
     start = yield from anon(t)
     yield from reclaim_pages(t.process.mm, t.process.thread, start, PAGE)
@@ -138,136 +140,60 @@ def swapped(t: Fixture) -> Program:
     return start
 
 
-@state
-def swapped_read_only(t: Fixture) -> Program:
-    start = yield from swapped(t)
-    assert (yield from t.process.mprotect(start, PAGE, PROT_READ)) == 0
-    return start
-
-
-@state
-def private_own(t: Fixture) -> Program:
-    return (yield from command(t, t.fds[0], HMM_DMIRROR_MIGRATE_TO_DEV, (yield from anon(t))))
-
-
-@state
-def private_own_read_only(t: Fixture) -> Program:
-    start = yield from private_own(t)
-    assert (yield from t.process.mprotect(start, PAGE, PROT_READ)) == 0
-    return start
-
-
-@state
-def private_other(t: Fixture) -> Program:
-    return (yield from command(t, t.fds[1], HMM_DMIRROR_MIGRATE_TO_DEV, (yield from anon(t))))
-
-
-@state
-def coherent(t: Fixture) -> Program:
-    return (yield from command(t, t.fds[2], HMM_DMIRROR_MIGRATE_TO_DEV, (yield from anon(t))))
-
-
-@state
-def exclusive(t: Fixture) -> Program:
-    return (yield from command(t, t.fds[0], HMM_DMIRROR_EXCLUSIVE, (yield from anon(t))))
-
-
-@state
 def hwpoison(t: Fixture) -> Program:
-    start = yield from page(t)
+    start = yield from hole(t)
     table = t.process.mm.table
     table.set_entries(table.slots(start // PAGE, 1, create=True), int(Kind.HWPOISON), 0, 0)
     return start
 
 
-@state
-def protnone_pte(t: Fixture) -> Program:
-    """What automatic NUMA balancing leaves: present, no access, in an area that allows it."""
-    start = yield from anon(t)
-    table = t.process.mm.table
-    slots = table.slots(start // PAGE, 1)
-    table.set_bits(slots, int(table.bits[slots][0]) | Bit.PROTNONE)
-    return start
-
-
-@state
 def special_pte(t: Fixture) -> Program:
     """A pfn without a struct page in a mixed map."""
-    start = yield from anon(t)
-    table = t.process.mm.table
-    slots = table.slots(start // PAGE, 1)
-    table.set_bits(slots, int(table.bits[slots][0]) | Bit.SPECIAL)
+    start = yield from with_bit(anon, Bit.SPECIAL)(t)
     t.undo.append((start, 1))
     return start
 
 
-@state
-def file_hole_read_only(t: Fixture) -> Program:
-    return (yield from page(t, PROT_READ, MAP_SHARED, t.create_file(PAGE)))
-
-
-@state
-def file_hole(t: Fixture) -> Program:
-    return (yield from page(t, RW, MAP_SHARED, t.create_file(PAGE)))
-
-
-@state
-def file_private_read(t: Fixture) -> Program:
-    start = yield from page(t, RW, MAP_PRIVATE, t.create_file(PAGE))
-    yield from t.process.load_stamps(start, 1)
-    return start
-
-
-@state
-def file_private_written(t: Fixture) -> Program:
-    return (yield from written(t, (yield from page(t, RW, MAP_PRIVATE, t.create_file(PAGE)))))
-
-
-@state
-def huge_page(t: Fixture) -> Program:
-    return (yield from written(t, (yield from huge(t)), 512))
-
-
-@state
-def huge_page_read_only(t: Fixture) -> Program:
-    start = yield from huge_page(t)
-    assert (yield from t.process.mprotect(start, TWOMEG, PROT_READ)) == 0
-    return start
-
-
-@state
-def huge_hole(t: Fixture) -> Program:
-    return (yield from huge(t))
-
-
-@state
-def huge_zero_page(t: Fixture) -> Program:
-    start = yield from huge(t)
-    yield from t.process.load_stamps(start, 1)
-    return start
-
-
-@state
-def huge_private_own(t: Fixture) -> Program:
-    return (yield from command(t, t.fds[0], HMM_DMIRROR_MIGRATE_TO_DEV, (yield from huge_page(t)), 512))
-
-
-@state
-def huge_private_other(t: Fixture) -> Program:
-    return (yield from command(t, t.fds[1], HMM_DMIRROR_MIGRATE_TO_DEV, (yield from huge_page(t)), 512))
-
-
-@state
-def huge_coherent(t: Fixture) -> Program:
-    return (yield from command(t, t.fds[2], HMM_DMIRROR_MIGRATE_TO_DEV, (yield from huge_page(t)), 512))
-
-
-@state
-def hugetlb(t: Fixture) -> Program:
-    start = yield from t.process.mmap(TWOMEG, RW, ANON | MAP_HUGETLB)
-    return (yield from written(t, start, 512))
-
-
-@state
 def hugetlb_hole(t: Fixture) -> Program:
     return (yield from t.process.mmap(TWOMEG, RW, ANON | MAP_HUGETLB))
+
+
+OWN, OTHER, COHERENT = range(3)  # devices: private, another private one, coherent
+hole = area()
+anon, huge_page = stored(hole), stored(huge_hole, 512)
+private_own = commanded(anon, OWN)
+STATES: dict[str, Builder] = {
+    "gap": gap,
+    "io_vma": of_vma(VM_IO),
+    "pfnmap_vma": of_vma(VM_PFNMAP),
+    "prot_none": protected(anon, PROT_NONE),
+    "hole": hole,
+    "hole_read_only": area(PROT_READ),
+    "zero_page": loaded(hole),
+    "anon": anon,
+    "anon_read_only": protected(anon),
+    "anon_forked": anon_forked,
+    "swapped": swapped,
+    "swapped_read_only": protected(swapped),
+    "private_own": private_own,
+    "private_own_read_only": protected(private_own),
+    "private_other": commanded(anon, OTHER),
+    "coherent": commanded(anon, COHERENT),
+    "exclusive": commanded(anon, OWN, HMM_DMIRROR_EXCLUSIVE),
+    "hwpoison": hwpoison,
+    "protnone_pte": with_bit(anon, Bit.PROTNONE),  # what automatic NUMA balancing leaves: present, no access
+    "special_pte": special_pte,
+    "file_hole_read_only": area(PROT_READ, MAP_SHARED, file=True),
+    "file_hole": area(RW, MAP_SHARED, file=True),
+    "file_private_read": loaded(area(RW, MAP_PRIVATE, file=True)),
+    "file_private_written": stored(area(RW, MAP_PRIVATE, file=True)),
+    "huge_page": huge_page,
+    "huge_page_read_only": protected(huge_page, length=TWOMEG),
+    "huge_hole": huge_hole,
+    "huge_zero_page": loaded(huge_hole),
+    "huge_private_own": commanded(huge_page, OWN, pages=512),
+    "huge_private_other": commanded(huge_page, OTHER, pages=512),
+    "huge_coherent": commanded(huge_page, COHERENT, pages=512),
+    "hugetlb": stored(hugetlb_hole, 512),
+    "hugetlb_hole": hugetlb_hole,
+}

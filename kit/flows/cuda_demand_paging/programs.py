@@ -44,8 +44,8 @@ class Program:
         """Decide sizes, inputs and outputs."""
 
     def first_touch(self, arrays: list[Allocation]) -> Accesses:
-        """Return the CPU's accesses before the first launch."""
-        return NOTHING
+        """Return the CPU's accesses before the first launch: it writes the buffer, unless the GPU touches first."""
+        return whole(arrays[0], True) if self.parameters.first_touch == "cpu" else NOTHING
 
     def kernels(self, arrays: list[Allocation], gpu: Gpu) -> list[Kernel]:
         """Return the kernels in order of launch."""
@@ -73,10 +73,6 @@ class ThreeLines(Program):
 
     def __post_init__(self) -> None:
         self.sizes = [("data", self.parameters.buffer_bytes)]
-
-    def first_touch(self, arrays: list[Allocation]) -> Accesses:
-        """Memset."""
-        return whole(arrays[0], True) if self.parameters.first_touch == "cpu" else NOTHING
 
     def kernels(self, arrays: list[Allocation], gpu: Gpu) -> list[Kernel]:
         """One kernel that writes every page."""
@@ -209,10 +205,6 @@ class Stream(Program):
             page = rng.permutation(pages)[(rng.zipf(p.zipf_exponent, count) - 1) % pages]
         return Accesses.of(page, rng.random(count) < p.write_fraction)
 
-    def first_touch(self, arrays: list[Allocation]) -> Accesses:
-        """The CPU writes the buffer, unless the GPU touches first."""
-        return whole(arrays[0], True) if self.parameters.first_touch == "cpu" else NOTHING
-
     def kernels(self, arrays: list[Allocation], gpu: Gpu) -> list[Kernel]:
         """The stream, as often as asked."""
         p, base = self.parameters, arrays[0].va // PAGE
@@ -235,10 +227,6 @@ class Trace(Program):
         p = self.parameters
         self.trace: AccessTrace = read_trace(Path(p.trace_file) if p.trace_file else shipped_trace())
         self.sizes = [("recorded", PAGE * len(self.trace.vpn))]
-
-    def first_touch(self, arrays: list[Allocation]) -> Accesses:
-        """The CPU writes every page, unless the GPU touches first."""
-        return whole(arrays[0], True) if self.parameters.first_touch == "cpu" else NOTHING
 
     def kernels(self, arrays: list[Allocation], gpu: Gpu) -> list[Kernel]:
         """The recorded stream; pages keep their order, gaps between them are closed."""
