@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import kit
 from kit.errors import ParameterError
 from kit.flows.hmm_mirror.parameters import HmmParameters
-from kit.flows.hmm_mirror.session import STAGES
 from kit.flows.hmm_mirror.structure import Structure, rewritten
 from kit.flows.run import Run
 from kit.memory.types import Kind
@@ -68,15 +67,6 @@ def test_rewriting_there_and_back_gives_the_same_pointers(pages: int, old: int, 
     words = structure(structure="graph", bytes=pages << 12).words(old + 4096) + np.uint64(5)
     again = rewritten(rewritten(words, old, new), new, old)
     assert (again == words).all()
-
-
-def test_stages_come_in_order() -> None:
-    flow = kit.open("hmm_mirror", **SMALL)
-    with pytest.raises(ParameterError, match="the next stage, build"):
-        flow.mirror()
-    for name in STAGES:
-        assert getattr(flow, name)() is flow
-    assert [name for name, _start, _end in flow.run.stages] == list(STAGES)
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:

@@ -56,9 +56,8 @@ class HmmSession(Session):
     def __init__(self, parameters: HmmParameters, scenario: str = "") -> None:
         super().__init__(parameters, scenario)
         self.rng = np.random.default_rng(parameters.seed)
-        self.memory = make_memory(
-            self.engine, self.machine, parameters
-        )  # refuses what is too large, before it is built
+        # First of all: memory refuses a structure that is too large, and building one takes a minute.
+        self.memory = make_memory(self.engine, self.machine, parameters)
         self.structure = Structure(parameters, self.rng)
         costs = make_costs({name: self.machine[name] for name in COSTS})
         self.mm = Mm(self.memory, self.engine, costs, "process", record_moves=True)

@@ -121,7 +121,6 @@ class FollowsSession(OneSidedSession):
 
     def _read_back(self) -> Wait:
         area, host = self.area, self.responder
-        host.cpu.now = max(host.cpu.now, self.engine.now)
         yield from load(host.mm, host.cpu, area.va // PAGE + np.arange(area.pages))
         yield from host.cpu.sync()
 
