@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ from kit.memory.cpu_table import CpuTable
 from kit.memory.memremap import DevPagemap
 from kit.memory.migrate_vma import MIGRATE_VMA_SELECT_DEVICE_COHERENT, MIGRATE_VMA_SELECT_DEVICE_PRIVATE
 from kit.memory.types import HPAGE_PMD_NR
+from kit.sim.costs import Costs
 from kit.sim.engine import Lock, Thread, Wait
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class DmirrorDevice:
         self.memory, self.unit, self.zone_device_type, self.chunk_pages = memory, unit, zone_device_type, chunk_pages
         self.grows = zone_device_type == HMM_DMIRROR_MEMORY_DEVICE_PRIVATE
         self.select_device = MIGRATE_VMA_SELECT_DEVICE_PRIVATE if self.grows else MIGRATE_VMA_SELECT_DEVICE_COHERENT
-        self.costs = SimpleNamespace(**{**dict.fromkeys(COSTS, 0.0), **(costs or {})})
+        self.costs = Costs(COSTS, {**dict.fromkeys(COSTS, 0.0), **(costs or {})})
         self.devmem_chunks: list[DevPagemap] = []
         self.devmem_lock, self.calloc, self.cfree = Lock(), 0, 0
         self.free_pages, self.free_folios = array("q"), array("q")  # stacks: the page freed last is taken first

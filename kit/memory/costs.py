@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 
-from kit.errors import ParameterError, did_you_mean
+from kit.sim.costs import Costs
 
 __all__ = ["COSTS", "make_costs"]
 
@@ -41,7 +40,7 @@ COSTS: dict[str, str] = {
 }
 
 
-def make_costs(values: Mapping[str, float] | None = None) -> SimpleNamespace:
+def make_costs(values: Mapping[str, float] | None = None) -> Costs:
     """Return the costs as attributes; None makes everything free (a model without time).
 
     Raises
@@ -49,12 +48,4 @@ def make_costs(values: Mapping[str, float] | None = None) -> SimpleNamespace:
     ParameterError
         A name that is unknown, or a cost that has no value.
     """
-    if values is None:
-        return SimpleNamespace(**dict.fromkeys(COSTS, 0.0))
-    for name in values:
-        if name not in COSTS:
-            raise ParameterError("cost", name, f"one of {', '.join(COSTS)}", did_you_mean(name, COSTS))
-    for name in COSTS:
-        if name not in values:
-            raise ParameterError("costs", sorted(values), f"a value for each cost; {name} has none")
-    return SimpleNamespace(**{name: float(values[name]) for name in COSTS})
+    return Costs(COSTS, values)

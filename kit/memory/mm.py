@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from kit.memory.cpu_table import CpuTable
 from kit.memory.types import PAGE, VM_ACCESS_FLAGS
 from kit.memory.vma import AnonFamily, Vma
+from kit.sim.costs import Costs
 from kit.sim.engine import RwLock
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Mm:
     ----------
     memory : PhysicalMemory
     engine : Engine
-    costs : SimpleNamespace
+    costs : Costs
         `kit.memory.costs.make_costs`.
     name : str
     record_moves : bool
@@ -41,7 +41,7 @@ class Mm:
     """
 
     def __init__(
-        self, memory: PhysicalMemory, engine: Engine, costs: SimpleNamespace, name: str = "process",
+        self, memory: PhysicalMemory, engine: Engine, costs: Costs, name: str = "process",
         record_moves: bool = False,
     ) -> None:  # fmt: skip
         self.memory, self.engine, self.costs, self.name, self.record_moves = memory, engine, costs, name, record_moves

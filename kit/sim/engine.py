@@ -72,7 +72,7 @@ class Engine:
     """
 
     def __init__(self, seed: int = 0, jitter: float = 0.0) -> None:
-        self.env = Clock()
+        self.env = Clock(0.0)
         self.trace = Trace()
         self.jitter = jitter
         self.rng = np.random.default_rng(seed)
@@ -80,7 +80,7 @@ class Engine:
     @property
     def now(self) -> float:
         """Simulated time in microseconds."""
-        return float(self.env._now)
+        return self.env._now
 
     def thread(self, name: str) -> Thread:
         """Return a new actor whose spans carry `name`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from kit.drivers.mlx5.descriptors import HcaCaps, OdpCaps
@@ -11,6 +10,7 @@ from kit.drivers.mlx5.enums import NO_GENERAL, PAGE_SHIFT, U64_MAX, Era, OdpGene
 from kit.drivers.mlx5.inject import Injection
 from kit.drivers.mlx5.objects import IbPd, Mlx5IbMkey
 from kit.drivers.mlx5.waiting import Semaphore, WaitQueue, Workqueue
+from kit.sim.costs import Costs
 from kit.sim.engine import Lock, Thread
 from kit.sim.trace import step
 
@@ -145,7 +145,7 @@ class Mlx5IbDev:
     ----------
     hca : Hca
         The hardware.
-    costs : SimpleNamespace
+    costs : Costs
         `kit.drivers.mlx5.costs.make_costs`.
     era : Era
     options : OdpOptions
@@ -159,7 +159,7 @@ class Mlx5IbDev:
     """
 
     def __init__(
-        self, hca: Hca, costs: SimpleNamespace, era: Era = Era.MID, options: OdpOptions | None = None
+        self, hca: Hca, costs: Costs, era: Era = Era.MID, options: OdpOptions | None = None
     ) -> None:  # fmt: skip
         from kit.drivers.mlx5.mkey_cache import MkeyCache
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import simpy
@@ -20,6 +19,7 @@ from kit.drivers.mlx5.qp import Qp, Srq, srq_image
 from kit.drivers.mlx5.umr_engine import apply_umr, umr_refused
 from kit.drivers.mlx5.waiting import Semaphore
 from kit.errors import Errno
+from kit.sim.costs import Costs
 from kit.sim.engine import Lock
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Hca:
     engine : Engine
     memory : PhysicalMemory
         Of the host.
-    costs : SimpleNamespace
+    costs : Costs
         `kit.drivers.mlx5.costs.make_costs`.
     caps : HcaCaps
     params : HcaParameters
@@ -77,7 +77,7 @@ class Hca:
     """
 
     def __init__(
-        self, engine: Engine, memory: PhysicalMemory, costs: SimpleNamespace, caps: HcaCaps | None = None,
+        self, engine: Engine, memory: PhysicalMemory, costs: Costs, caps: HcaCaps | None = None,
         params: HcaParameters | None = None, name: str = "mlx5_0",
     ) -> None:  # fmt: skip
         self.engine, self.memory, self.costs, self.name = engine, memory, costs, name

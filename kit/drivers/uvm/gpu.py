@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from simpy import Event
@@ -17,6 +16,7 @@ from kit.errors import ParameterError
 from kit.memory.frames import Frames
 from kit.memory.pagemask import run_count
 from kit.memory.pagetable import GEOMETRIES, PageTable
+from kit.sim.costs import Costs
 from kit.sim.engine import Engine, Lock
 from kit.sim.machine import Machine
 
@@ -100,7 +100,7 @@ class Gpu:
             )
         self.engine, self.machine, self.module = engine, machine, module
         self.hal = FAMILIES[machine.architecture]
-        self.costs = SimpleNamespace(**{name: machine[name] for name in COSTS})
+        self.costs = Costs(COSTS, {name: machine[name] for name in COSTS})
         self.copy_htod, self.copy_dtoh = machine.curves["copy_htod"], machine.curves["copy_dtoh"]
         self.frames = Frames("GPU memory", roots * BLOCK_PAGES, payload_bytes)
         self.table = PageTable(GEOMETRIES[self.hal.geometry])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from kit.drivers.uvm.sm import Misses
 from kit.drivers.uvm.types import READ, WRITE
 from kit.memory.content import Content
 from kit.memory.pagetable import PageTable
+from kit.sim.costs import Costs
 from kit.sim.machine import Machine
 
 __all__ = ["GridKernel", "Shape"]
@@ -68,7 +68,7 @@ class GridKernel:
     """
 
     def __init__(
-        self, name: str, shape: Shape, table: PageTable, machine: Machine, costs: SimpleNamespace,
+        self, name: str, shape: Shape, table: PageTable, machine: Machine, costs: Costs,
         late: tuple[int, ...] = (), seed: int = 0,
     ) -> None:  # fmt: skip
         self.rng, self.spread = np.random.default_rng([seed, 2]), float(machine["warp_spread"])

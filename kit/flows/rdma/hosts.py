@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from kit.drivers.mlx5 import costs as mlx5_costs
@@ -20,6 +19,7 @@ from kit.flows.rdma.parameters import RdmaParameters
 from kit.memory import costs as mm_costs
 from kit.memory.mm import Mm
 from kit.memory.pages import PhysicalMemory
+from kit.sim.costs import Costs
 from kit.sim.engine import Engine, Thread, Wait
 from kit.sim.machine import Machine
 
@@ -108,9 +108,9 @@ def make_host(
     return Host(name, own, memory, mm, dev, own.thread("program"))
 
 
-def costs_of(machine: Machine, room: Any) -> SimpleNamespace:
+def costs_of(machine: Machine, room: Any) -> Costs:
     """Return the costs that a room of the kit names, with the machine's values."""
-    costs: SimpleNamespace = room.make_costs({name: machine[name] for name in room.COSTS})
+    costs: Costs = room.make_costs({name: machine[name] for name in room.COSTS})
     return costs
 
 
