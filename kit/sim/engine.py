@@ -94,6 +94,11 @@ class Engine:
         """Let `delay` microseconds pass for the running process."""
         return NO_WAIT if self.env.leap(delay) else (simpy.Timeout(self.env, delay),)
 
+    def quiet(self) -> Wait:
+        """Let everything happen that still can without the running process."""
+        while (time := self.env.peek()) < simpy.core.Infinity:
+            yield self.env.timeout(max(time - self.env.now, 0.0))
+
     def run(self, until: simpy.Event | None = None) -> Any:
         """Run until `until` has happened, or until nothing is left to do."""
         return self.env.run(until)

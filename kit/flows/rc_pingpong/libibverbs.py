@@ -73,7 +73,8 @@ class Pingpong:
     def gate(self, name: str, thread: Thread) -> Wait:
         """Say that the program has come to `name`, and wait until it may go on."""
         yield from thread.sync()
-        self.reached[name].succeed()
+        if not self.reached[name].triggered:  # else the other side has given up, and nobody waits for this one
+            self.reached[name].succeed()
         yield from thread.wait(self.gates[name])
 
     @property

@@ -83,12 +83,19 @@ class PingpongSession(RdmaSession):
 
     def _end(self) -> Wait:
         yield from self._open_gate("end")
+        if self._ended:
+            yield from self.engine.quiet()
+            for process in self._running:
+                if process.is_alive:
+                    process.interrupt("it polls for a message that cannot come any more, until somebody stops it")
         yield simpy.AllOf(self.engine.env, self._running)
 
     def _side(self, side: Pingpong, thread: Thread) -> Wait:
-        """Run one side; a program that gives up takes the other one with it, as the TCP connection does."""
+        """Run one side; when a program gives up, the other one is no longer waited for at the gates."""
         try:
             yield from main(side, thread)
+        except simpy.Interrupt as stopped:
+            self.errors.append(f"{'server' if side.server else 'client'}: {stopped.cause}")
         except DriverError as wrong:
             self.errors.append(f"{'server' if side.server else 'client'}: {wrong}")
             self._ended = True
