@@ -15,6 +15,7 @@ from kit.memory.alloc import alloc_folios
 from kit.memory.cpu_table import CpuTable
 from kit.memory.memremap import DevPagemap
 from kit.memory.migrate_vma import MIGRATE_VMA_SELECT_DEVICE_COHERENT, MIGRATE_VMA_SELECT_DEVICE_PRIVATE
+from kit.memory.mmu_notifier import mmu_interval_read_begin
 from kit.memory.types import HPAGE_PMD_NR
 from kit.sim.engine import Lock, Thread, Wait
 
@@ -140,10 +141,12 @@ class DmirrorDevice:
     Attributes
     ----------
     guarded : bool
-        The real driver, and this one by default, ignores the invalidations of its own migrations and enters what has
-        moved without asking whether something was unmapped meanwhile. That leaves three races open: a fault under way
-        can enter a page that is leaving, a write can go to a page that is being copied, and MADV_DONTNEED during a
-        migration can leave an entry behind. A guarded device closes them, as a driver for real hardware has to.
+        The real driver, and this one by default, ignores the invalidations of its own migrations, and enters what has
+        moved or is exclusive without asking whether something was unmapped meanwhile. That leaves races open: a fault
+        under way can enter a page that is leaving, a write can go to a page that is being copied, and MADV_DONTNEED,
+        which needs no page lock, can leave an entry behind: its callback comes before the driver's entry, or even
+        before the driver takes the page, and its zap after. A guarded device closes them, as a driver for real
+        hardware has to (nouveau_atomic_range_fault: mmu_interval_read_begin before, mmu_interval_read_retry after).
     """
 
     def __init__(
@@ -175,6 +178,20 @@ class DmirrorDevice:
             slots = dmirror.pt.mapped(start >> 12, (end >> 12) - 1)
             dmirror.pt.rights[slots[dmirror.pt.rights[slots] == DPT_XA_TAG_WRITE]] = DPT_READ
             yield from dmirror.mutex.release(thread)
+
+    def listen(self, dmirror: Dmirror, thread: Thread) -> Wait:
+        """Return what `stale` asks for. A guarded device waits first for changes that it has been told of already."""
+        if self.guarded:
+            yield from mmu_interval_read_begin(dmirror.notifier, thread)
+        return dmirror.invalidations.total() - dmirror.invalidations[thread]
+
+    def stale(self, dmirror: Dmirror, thread: Thread, since: int) -> bool:
+        """Whether others than `thread` changed anything since `listen`, so that a guarded device enters nothing.
+
+        What the thread itself has everybody hear, a huge page that its migration splits, leaves its pages where
+        they are.
+        """
+        return self.guarded and dmirror.invalidations.total() - dmirror.invalidations[thread] != since
 
     # What a device with limited memory does in its own way (`kit.drivers.dmirror_limited`)
 
