@@ -181,7 +181,7 @@ class DmirrorDevice:
 
     def listen(self, dmirror: Dmirror, thread: Thread) -> Wait:
         """Return what `stale` asks for. A guarded device waits first for changes that it has been told of already."""
-        if self.guarded:
+        if self.guarded and dmirror.mm.notifier_subscriptions is not None:  # None: a broken kernel that tells nobody
             yield from mmu_interval_read_begin(dmirror.notifier, thread)
         return dmirror.invalidations.total() - dmirror.invalidations[thread]
 
