@@ -15,7 +15,6 @@ from kit.memory.alloc import alloc_folios
 from kit.memory.cpu_table import CpuTable
 from kit.memory.memremap import DevPagemap
 from kit.memory.migrate_vma import MIGRATE_VMA_SELECT_DEVICE_COHERENT, MIGRATE_VMA_SELECT_DEVICE_PRIVATE
-from kit.memory.mmu_notifier import mmu_interval_read_begin
 from kit.memory.types import HPAGE_PMD_NR
 from kit.sim.engine import Lock, Thread, Wait
 
@@ -180,9 +179,15 @@ class DmirrorDevice:
             yield from dmirror.mutex.release(thread)
 
     def listen(self, dmirror: Dmirror, thread: Thread) -> Wait:
-        """Return what `stale` asks for. A guarded device waits first for changes that it has been told of already."""
-        if self.guarded and dmirror.mm.notifier_subscriptions is not None:  # None: a broken kernel that tells nobody
-            yield from mmu_interval_read_begin(dmirror.notifier, thread)
+        """Return what `stale` asks for. A guarded device waits first for changes that it has been told of already.
+
+        It waits as mmu_interval_read_begin does, but is no step: the driver that it guards has none here.
+        """
+        told = dmirror.mm.notifier_subscriptions  # None: a broken kernel that tells nobody
+        if self.guarded and told is not None:
+            yield from thread.sync()
+            if dmirror.notifier.invalidate_seq == told.invalidate_seq:
+                yield from told.wait_seq_released(thread, told.invalidate_seq)
         return dmirror.invalidations.total() - dmirror.invalidations[thread]
 
     def stale(self, dmirror: Dmirror, thread: Thread, since: int) -> bool:
