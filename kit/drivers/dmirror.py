@@ -8,6 +8,7 @@ The commands that the kernel's tests give are in `kit.drivers.dmirror_ioctl`, wh
 
 from __future__ import annotations
 
+from collections import Counter
 from errno import EBUSY, EFAULT, ENOMEM
 from functools import partial
 
@@ -56,7 +57,7 @@ class Dmirror(DmirrorFile):
     def __init__(self, mdevice: DmirrorDevice, mm: Mm) -> None:
         self.mdevice, self.mm, self.pt = mdevice, mm, CpuTable()
         self.mutex, self.notifier = Lock(), MmuIntervalNotifier(self)
-        self.invalidations = 0  # by others than the device's own migrations
+        self.invalidations: Counter[Thread] = Counter()  # by who changed something, own migrations left out
         self.id = len(mdevice.mirrors)  # what zone_device_data of its device pages holds
         mdevice.mirrors.append(self)
 
@@ -88,7 +89,7 @@ def dmirror_interval_invalidate(sub: MmuIntervalNotifier, thread: Thread, range:
         return False
     mmu_interval_set_seq(sub, seq)
     if not own:
-        dmirror.invalidations += 1
+        dmirror.invalidations[thread] += 1
         # The end is taken as part of the range: an entry too many may go, which only costs a fault.
         slots = dmirror.pt.mapped(range.start >> 12, range.end >> 12)
         dmirror.pt.rights[slots] = DPT_NONE
@@ -210,7 +211,7 @@ def dmirror_devmem_free(mdevice: DmirrorDevice, pfns: NDArray[np.integer]) -> No
 
 def migrate_to_device(dmirror: Dmirror, thread: Thread, vma: Vma, start: int, end: int) -> Wait:
     """Move what can move of [start, end), at most 512 pages of one area; returns 0 or a negative errno."""
-    src, since = np.zeros(end - start >> 12, dtype=np.uint64), dmirror.invalidations
+    src, since = np.zeros(end - start >> 12, dtype=np.uint64), (yield from dmirror.mdevice.listen(dmirror, thread))
     flags = MIGRATE_VMA_SELECT_SYSTEM | MIGRATE_VMA_SELECT_COMPOUND
     args = MigrateVma(vma, src, src.copy(), start, end, dmirror.mdevice, flags)
     ret = yield from migrate_vma_setup(args, thread)
@@ -249,7 +250,7 @@ def dmirror_migrate_finalize_and_map(args: MigrateVma, thread: Thread, dmirror: 
     """Enter what moved, writable where the CPU's entry was; a guarded device, if nothing was invalidated `since`."""
     yield from dmirror.mutex.acquire(thread)
     moved = np.flatnonzero((args.src & MIGRATE_PFN_MIGRATE != 0) & (args.dst & MIGRATE_PFN_VALID != 0))
-    stale, pages = dmirror.mdevice.guarded and dmirror.invalidations != since, 0
+    stale, pages = dmirror.mdevice.stale(dmirror, thread, since), 0
     for at, words in migrate_pieces(args.dst, moved):
         rights = DPT_NONE if stale else np.where(words & MIGRATE_PFN_WRITE, DPT_XA_TAG_WRITE, DPT_READ)
         dmirror.store((args.start >> 12) + at, migrate_pfn_to_pfn(words), rights)

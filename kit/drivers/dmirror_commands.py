@@ -175,11 +175,12 @@ def dmirror_exclusive(dmirror: Dmirror, thread: Thread, cmd: HmmDmirrorCmd) -> W
     ret = 0
     yield from mm.mmap_lock.read_acquire(thread)
     for addr in range(cmd.addr, cmd.addr + (cmd.npages << 12), 4096):
+        since = yield from dmirror.mdevice.listen(dmirror, thread)
         page = yield from make_device_exclusive(mm, thread, addr, None)
         if page < 0:
             ret = page
             break
-        yield from dmirror_atomic_map(dmirror, thread, addr, page, dmirror.invalidations)
+        yield from dmirror_atomic_map(dmirror, thread, addr, page, since)
         yield from thread.sync()
         mm.memory.unlock(page)
         mm.memory.put(page)
@@ -190,12 +191,9 @@ def dmirror_exclusive(dmirror: Dmirror, thread: Thread, cmd: HmmDmirrorCmd) -> W
 
 @waiting_step
 def dmirror_atomic_map(dmirror: Dmirror, thread: Thread, addr: int, page: int, since: int) -> Wait:
-    """Enter one page as atomic; a plain write of the device faults on it.
-
-    A guarded device does not when anything was invalidated after its count of invalidations was `since`.
-    """
+    """Enter one page as atomic; a plain write of the device faults on it. A guarded device: if it is not stale."""
     yield from dmirror.mutex.acquire(thread)
-    if not dmirror.mdevice.guarded or dmirror.invalidations == since:
+    if not dmirror.mdevice.stale(dmirror, thread, since):
         dmirror.store(np.array([addr >> 12]), np.array([page]), DPT_XA_TAG_ATOMIC)
     thread.charge(dmirror.mdevice.costs.device_pte)
     yield from dmirror.mutex.release(thread)

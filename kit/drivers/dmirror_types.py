@@ -140,10 +140,12 @@ class DmirrorDevice:
     Attributes
     ----------
     guarded : bool
-        The real driver, and this one by default, ignores the invalidations of its own migrations and enters what has
-        moved without asking whether something was unmapped meanwhile. That leaves three races open: a fault under way
-        can enter a page that is leaving, a write can go to a page that is being copied, and MADV_DONTNEED during a
-        migration can leave an entry behind. A guarded device closes them, as a driver for real hardware has to.
+        The real driver, and this one by default, ignores the invalidations of its own migrations, and enters what has
+        moved or is exclusive without asking whether something was unmapped meanwhile. That leaves races open: a fault
+        under way can enter a page that is leaving, a write can go to a page that is being copied, and MADV_DONTNEED,
+        which needs no page lock, can leave an entry behind: its callback comes before the driver's entry, or even
+        before the driver takes the page, and its zap after. A guarded device closes them, as a driver for real
+        hardware has to (nouveau_atomic_range_fault: mmu_interval_read_begin before, mmu_interval_read_retry after).
     """
 
     def __init__(
@@ -175,6 +177,26 @@ class DmirrorDevice:
             slots = dmirror.pt.mapped(start >> 12, (end >> 12) - 1)
             dmirror.pt.rights[slots[dmirror.pt.rights[slots] == DPT_XA_TAG_WRITE]] = DPT_READ
             yield from dmirror.mutex.release(thread)
+
+    def listen(self, dmirror: Dmirror, thread: Thread) -> Wait:
+        """Return what `stale` asks for. A guarded device waits first for changes that it has been told of already.
+
+        It waits as mmu_interval_read_begin does, but is no step: the driver that it guards has none here.
+        """
+        told = dmirror.mm.notifier_subscriptions  # None: a broken kernel that tells nobody
+        if self.guarded and told is not None:
+            yield from thread.sync()
+            if dmirror.notifier.invalidate_seq == told.invalidate_seq:
+                yield from told.wait_seq_released(thread, told.invalidate_seq)
+        return dmirror.invalidations.total() - dmirror.invalidations[thread]
+
+    def stale(self, dmirror: Dmirror, thread: Thread, since: int) -> bool:
+        """Whether others than `thread` changed anything since `listen`, so that a guarded device enters nothing.
+
+        What the thread itself has everybody hear, a huge page that its migration splits, leaves its pages where
+        they are.
+        """
+        return self.guarded and dmirror.invalidations.total() - dmirror.invalidations[thread] != since
 
     # What a device with limited memory does in its own way (`kit.drivers.dmirror_limited`)
 

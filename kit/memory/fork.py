@@ -41,7 +41,11 @@ __all__ = ["copy_page_range", "fork"]
 
 @waiting_step
 def fork(mm: Mm, thread: Thread) -> Wait:
-    """Return the address space of a new child (`Mm`); Errno -EBUSY or -ENOMEM when a page cannot be shared."""
+    """Return the address space of a new child (`Mm`); Errno -ENOMEM when a page cannot be shared, whatever the reason.
+
+    The reason does not reach the program (dup_mm returns NULL, copy_mm -ENOMEM): no memory for a copy, or a
+    device-exclusive page that somebody has locked.
+    """
     thread.charge(mm.costs.syscall + mm.costs.fork_base)
     child = Mm(mm.memory, mm.engine, mm.costs, f"{mm.name}'s child", mm.record_moves)
     child.rlimit_memlock = mm.rlimit_memlock
@@ -60,7 +64,7 @@ def fork(mm: Mm, thread: Thread) -> Wait:
     yield from mm.mmap_lock.write_release(thread)
     if failed:
         yield from exit_mmap(child, thread)
-        return failed
+        return Errno(ENOMEM, "copy_mm", f"{mm.name} could not be copied")
     return child
 
 
@@ -68,7 +72,8 @@ def fork(mm: Mm, thread: Thread) -> Wait:
 def copy_page_range(dst: Vma, thread: Thread, src: Vma) -> Wait:
     """Copy an area's entries to the child's, under a PROTECTION_PAGE notification where writes must fault from now on.
 
-    Private writable entries become read-only in both; pages that may be pinned are copied at once.
+    Private writable entries become read-only in both; pages that may be pinned are copied at once. Returns 0; -ENOMEM;
+    -EBUSY at a device-exclusive page that somebody has locked, when the pages before it have been shared already.
     """
     mm, table = src.mm, src.mm.table
     cow = src.flags & (VM_SHARED | VM_MAYWRITE) == VM_MAYWRITE
@@ -76,21 +81,29 @@ def copy_page_range(dst: Vma, thread: Thread, src: Vma) -> Wait:
     told = None
     if cow:
         told = yield from invalidate_start(mm, thread, src.first, src.pages, EVENTS.PROTECTION_PAGE)
-    result = yield from _split_pinned(src, thread)
-    slots = table.occupied(src.first, src.pages)
-    busy = slots[table.kind[slots] == Kind.DEVICE_EXCLUSIVE]
-    if len(busy):
-        heads = mm.memory.head(table.frame[busy])
-        if (mm.memory.flags[heads] & PG.LOCKED).any():
-            result = Errno(EBUSY, "copy_page_range", "a device-exclusive page is locked")
-        else:
-            restore_exclusive_pte(src, thread, busy)
-    if len(slots) and not result:
+    yield from _split_pinned(src, thread)
+    every = table.occupied(src.first, src.pages)
+    slots = _restore_exclusive(src, thread, every)
+    result = 0 if len(slots) == len(every) else Errno(EBUSY, "copy_page_range", "a device-exclusive page is locked")
+    if len(slots):
         pinned = _copy(dst, thread, src, slots, bool(cow))
         if len(pinned):
-            result = yield from _copy_present_pages(dst, thread, src, pinned)
+            result = (yield from _copy_present_pages(dst, thread, src, pinned)) or result
     yield from invalidate_end(told, thread)
     return result
+
+
+def _restore_exclusive(src: Vma, thread: Thread, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Make device-exclusive entries present, up to the first of a locked folio; return the slots before that."""
+    memory, table = src.mm.memory, src.mm.table
+    at = np.flatnonzero(table.kind[slots] == Kind.DEVICE_EXCLUSIVE)
+    if not len(at):
+        return slots
+    locked = np.flatnonzero(memory.flags[memory.head(table.frame[slots[at]])] & PG.LOCKED)
+    if len(locked):
+        slots, at = slots[: at[locked[0]]], at[: locked[0]]
+    restore_exclusive_pte(src, thread, slots[at])
+    return slots
 
 
 def _split_pinned(src: Vma, thread: Thread) -> Wait:

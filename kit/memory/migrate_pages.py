@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.huge_split import split_huge_pmd_locked
+from kit.memory.huge_split import __split_huge_pmd
 from kit.memory.memremap import MEMORY_DEVICE_PRIVATE, pgmaps_where
 from kit.memory.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
@@ -32,7 +32,7 @@ from kit.memory.pages import ZERO_PFN
 from kit.memory.rmap import add_anon_rmap
 from kit.memory.swap import folio_free_swap
 from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PG, Bit, Kind, Leaf
-from kit.sim.trace import step
+from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:
     from kit.memory.pages import PhysicalMemory
@@ -58,8 +58,8 @@ def migrate_pages(
         first = migrate.start + (int(holes.argmax()) << 12)
         told = MmuNotifierRange(migrate.area.mm, first, migrate.end, EVENTS.MIGRATE, migrate.pgmap_owner)
         yield from mmu_notifier_invalidate_range_start(told, thread)
-        _fill_holes(migrate, thread, src, dst, np.flatnonzero(holes))
-    _split_where_small(memory, thread, src, dst, migrate)
+        yield from _fill_holes(migrate, thread, src, dst, np.flatnonzero(holes))
+    yield from _split_where_small(memory, thread, src, dst, migrate)
     at = np.flatnonzero((dst & _VALID != 0) & (src & _VALID != 0) & (src & _MIGRATE != 0))
     if len(at):
         moved = folio_migrate_mapping(memory, src[at], dst[at], migrate)
@@ -70,7 +70,7 @@ def migrate_pages(
 
 def _fill_holes(
     migrate: MigrateVma, thread: Thread, src: MigratePfns, dst: MigratePfns, holes: NDArray[np.intp]
-) -> None:
+) -> Wait:
     """Fill holes, huge ones as one or, where the destination is small, page by page."""
     large = src[holes] & _COMPOUND != 0
     for at in holes[large].tolist():
@@ -81,15 +81,18 @@ def _fill_holes(
             src[at : at + HPAGE_PMD_NR] |= _MIGRATE
     small = (dst & _VALID != 0) & (src & _VALID == 0) & (src & _MIGRATE != 0) & (src & _COMPOUND == 0)
     if small.any():
-        migrate_vma_insert_page(migrate, thread, np.flatnonzero(small), src, dst)
+        yield from migrate_vma_insert_page(migrate, thread, np.flatnonzero(small), src, dst)
     src[(dst & _VALID == 0) & (src & _VALID == 0)] &= ~_MIGRATE
 
 
-@step
+@waiting_step
 def migrate_vma_insert_page(
     migrate: MigrateVma, thread: Thread, at: NDArray[np.intp], src: MigratePfns, dst: MigratePfns
-) -> None:
-    """Map new pages where there is still nothing, or the zero page; a lost race clears MIGRATE."""
+) -> Wait:
+    """Map new pages where there is still nothing, or the zero page; a lost race clears MIGRATE.
+
+    A huge zero page is split first, of which everybody hears (CLEAR): its other pages are small zero pages then.
+    """
     vma, mm, memory = migrate.area, migrate.area.mm, migrate.area.mm.memory
     table, pages = mm.table, (migrate.start >> 12) + at.astype(np.int64)
     if not vma.is_anonymous:
@@ -99,7 +102,7 @@ def migrate_vma_insert_page(
     for number in numbers[np.diff(numbers, prepend=-1) != 0].tolist():
         row = table.row_of(number)
         if row >= 0 and table.leaf_level[row] == Leaf.PMD and table.frame[row * HPAGE_PMD_NR] == memory.huge_zero:
-            split_huge_pmd_locked(mm, thread, number)
+            yield from __split_huge_pmd(mm, thread, number)
     slots = table.slots_of(pages, create=True)
     kind = table.kind[slots]
     zero = (kind == Kind.PRESENT) & (table.frame[slots] == ZERO_PFN)
@@ -161,7 +164,7 @@ def _new_entries(
 
 def _split_where_small(
     memory: PhysicalMemory, thread: Thread, src: MigratePfns, dst: MigratePfns, migrate: MigrateVma | None
-) -> None:
+) -> Wait:
     """Settle pairs of unequal size: a large source is split for small destinations, a small one fails for a large."""
     going = (dst & _VALID != 0) & (src & _VALID != 0) & (src & _MIGRATE != 0)
     unequal = going & ((src ^ dst) & _COMPOUND != 0)
@@ -169,22 +172,25 @@ def _split_where_small(
         if migrate is None:
             src[at] &= ~(_MIGRATE | _COMPOUND)
         else:
-            migrate_vma_split_unmapped_folio(migrate, thread, at, src)
+            yield from migrate_vma_split_unmapped_folio(migrate, thread, at, src)
             src[at : at + HPAGE_PMD_NR][dst[at : at + HPAGE_PMD_NR] & _VALID == 0] &= ~_MIGRATE
     src[unequal & (src & _COMPOUND == 0) & (dst & _COMPOUND != 0)] &= ~_MIGRATE
 
 
-@step
-def migrate_vma_split_unmapped_folio(migrate: MigrateVma, thread: Thread, at: int, src: MigratePfns) -> None:
-    """Split the unmapped folio of entry `at`: 512 entries, each with a lock and a reference of its own."""
+@waiting_step
+def migrate_vma_split_unmapped_folio(migrate: MigrateVma, thread: Thread, at: int, src: MigratePfns) -> Wait:
+    """Split the unmapped folio of entry `at`: 512 entries, each with a lock and a reference of its own.
+
+    The PMD goes first, of which everybody hears (CLEAR), and stays a table when the folio then cannot be split.
+    """
     mm, memory = migrate.area.mm, migrate.area.mm.memory
     head = int(migrate_pfn_to_pfn(src[at : at + 1])[0])
+    yield from __split_huge_pmd(mm, thread, (migrate.start >> 12) + at >> 9)
     # The kernel does not count the reference of a fault here, and faults again and again until 2 MiB are free.
     held = 1 + int(migrate.fault_page is not None and migrate.fault_page == head)
     if memory.refcount[head] != held + int(memory.expected_refs(np.array([head]))[0]):
         src[at] &= ~(_MIGRATE | _COMPOUND)
         return
-    split_huge_pmd_locked(mm, thread, (migrate.start >> 12) + at >> 9)
     memory.split(head)
     flags = src[at] & _FLAG_BITS & ~_COMPOUND
     src[at : at + HPAGE_PMD_NR] = migrate_pfn(np.arange(head, head + HPAGE_PMD_NR)) | flags

@@ -279,8 +279,10 @@ class Process:
     # Processes and threads
 
     def fork(self, program: Callable[[Process], Program]) -> Program:
-        """Fork; the child runs `program` and exits."""
+        """Fork; the child runs `program` and exits. Returns the child, or a negative errno."""
         mm = yield from fork(self.mm, self.thread)
+        if isinstance(mm, int):
+            return mm
         child = Process(self.system, mm, f"{self.name}'s child {len(self.system.processes)}")
         child.running = self.system.engine.start(child.life(program))
         return child

@@ -68,7 +68,7 @@ class Schedule:
             payload_bytes=8, system_frames=self.pages * 3 if tight else 8192, seed=seed, jitter=float(pick.choice([0.2, 1.0, 5.0])),
             chunk_pages=1024, swap_slots=4096, hugetlb=0,
         )  # fmt: skip
-        self.coherent, self.children = int(pick.choice([2, 3])), 0
+        self.coherent, self.children, self.exclusives = int(pick.choice([2, 3])), 0, 0
         for device in self.system.devices:
             device.guarded = True
         self.order = itertools.count(1)  # the order in which Python does things is the order in which they happen
@@ -181,6 +181,7 @@ class Schedule:
         yield from self.device_read(space, q, first, count, fd, HMM_DMIRROR_MIGRATE_TO_DEV)
 
     def exclusive(self, space: Space, q: Process, first: int, count: int, fd: Any) -> Program:
+        self.exclusives += 1
         yield from self.device_read(space, q, first, min(count, 16), fd, HMM_DMIRROR_EXCLUSIVE)
 
     def to_system(self, space: Space, q: Process, first: int, count: int, fd: Any) -> Program:
@@ -224,7 +225,10 @@ class Schedule:
         write.end = next(self.order)
 
     def fork(self, space: Space, q: Process, first: int, count: int, plan: list[Any]) -> Program:
-        """A child with a mirror of its own, on a device that no relative uses, works on its copy and exits."""
+        """A child with a mirror of its own, on a device that no relative uses, works on its copy and exits.
+
+        There is none when reclaim has an exclusive page locked: the pages before that have been shared all the same.
+        """
         if self.children == 2:
             return
         self.children += 1
@@ -240,7 +244,8 @@ class Schedule:
             self.check_mirrors(own)
             yield from process.close(own.mirrors[0])
 
-        yield from q.fork(child)
+        made = yield from q.fork(child)
+        assert not isinstance(made, int) or (made == -ENOMEM and self.exclusives), made
         born.append(next(self.order))
 
     # Helpers
@@ -293,7 +298,7 @@ DEVICE_STEPS = (
     "snapshot",
     "evict",
 )
-ENOENT, EBUSY, EPERM, EFAULT, EINVAL = 2, 16, 1, 14, 22
+ENOENT, EBUSY, EPERM, EFAULT, EINVAL, ENOMEM = 2, 16, 1, 14, 22, 12
 ALLOWED = {
     HMM_DMIRROR_READ: {EBUSY}, HMM_DMIRROR_WRITE: {EBUSY}, HMM_DMIRROR_SNAPSHOT: {EBUSY},
     HMM_DMIRROR_MIGRATE_TO_DEV: {ENOENT}, HMM_DMIRROR_MIGRATE_TO_SYS: set(), HMM_DMIRROR_EXCLUSIVE: {ENOENT},

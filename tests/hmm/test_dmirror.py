@@ -52,7 +52,9 @@ from kit.memory.types import (
     Kind,
 )
 
-EINVAL, ENOENT, EPERM, EFAULT = -errno.EINVAL, -errno.ENOENT, -errno.EPERM, -errno.EFAULT
+EINVAL, ENOENT, EPERM, EFAULT, ENOMEM = (
+    -code for code in (errno.EINVAL, errno.ENOENT, errno.EPERM, errno.EFAULT, errno.ENOMEM)
+)
 COMMANDS = range(9)
 BOTH = pytest.mark.parametrize("unit", [0, 2], ids=["private", "coherent"])
 
@@ -425,6 +427,29 @@ def test_fork_gives_exclusive_pages_back() -> None:
         assert [entry_kind(p, buffer.ptr + at * PAGE) for at in range(3)] == [Kind.PRESENT] * 3
         assert [entry_kind(child, buffer.ptr + at * PAGE) for at in range(3)] == [Kind.PRESENT] * 3
         assert (yield from command(t, 0, HMM_DMIRROR_CHECK_EXCLUSIVE, buffer, 3)) == 0
+        yield from p.kill(child)
+        yield from p.waitpid(child)
+
+    run(program)
+
+
+def test_fork_fails_while_somebody_has_an_exclusive_page_locked() -> None:
+    """copy_page_range gives up with -EBUSY at that page, having shared those before it; the program sees -ENOMEM."""
+
+    def program(t: Fixture) -> Program:
+        p, memory, buffer = t.process, t.system.memory, (yield from filled(t, 4))
+        assert (yield from command(t, 0, HMM_DMIRROR_EXCLUSIVE, buffer, 4)) == 0
+        pages = p.mm.table.slots(buffer.ptr // PAGE, 4)
+        locked = p.mm.table.frame[pages][2:3].copy()
+        assert memory.trylock(locked).all()
+        assert (yield from p.fork(Process.pause)) == ENOMEM
+        assert p.mm.table.kind[pages].tolist() == [Kind.PRESENT] * 2 + [Kind.DEVICE_EXCLUSIVE] * 2
+        assert p.mm.table.rights[pages].tolist() == [1, 1, 0, 0], "what the dead child shared is read-only"
+        memory.unlock(locked)
+        t.system.check()
+        child = yield from p.fork(Process.pause)
+        assert p.mm.table.kind[pages].tolist() == [Kind.PRESENT] * 4
+        assert (yield from child.load_stamps(buffer.ptr, 4)).tolist() == [10, 11, 12, 13]
         yield from p.kill(child)
         yield from p.waitpid(child)
 

@@ -531,6 +531,45 @@ def test_a_small_destination_splits_a_huge_source() -> None:
     run(program)
 
 
+def test_everybody_hears_of_the_split_of_a_huge_source() -> None:
+    """split_huge_pmd_address raises CLEAR over all 2 MiB, after the MIGRATE of the collection."""
+    select = SYSTEM | int(md.MIGRATE_VMA_SELECT_COMPOUND)
+
+    def program(t: Fixture) -> Program:
+        p, device = t.process, Device(t)
+        start = yield from STATES["huge_page"](t)
+        probe = yield from Probe(p, start, 512).insert()
+        migration = yield from Migration(t, start, 512, flags=select, pgmap_owner=device).setup()
+        probe.heard.clear()
+        migration.args.dst[:] = [device.alloc() << 6 | VALID for _ in range(512)]
+        yield from migration.pages()
+        assert probe.heard == [(int(EVENTS.CLEAR), start, start + TWOMEG, None)]
+        yield from migration.finalize()
+        yield from probe.remove()
+
+    run(program)
+
+
+def test_everybody_hears_of_the_split_of_a_huge_zero_page() -> None:
+    """Filling part of it makes the rest small zero pages (split_huge_pmd): no device may go on naming the huge one."""
+
+    def program(t: Fixture) -> Program:
+        p, device = t.process, Device(t)
+        start = yield from STATES["huge_zero_page"](t)
+        buffer = Buffer(start, TWOMEG, t.mirror(512), start)
+        assert (yield from p.ioctl(t.fd, HMM_DMIRROR_READ, buffer, 512)) == 0
+        probe = yield from Probe(p, start, 512).insert()
+        migration = yield from Migration(t, start + 4 * PAGE, 8, pgmap_owner=device).setup()
+        yield from migration.finish(device)
+        migrate, clear, part = int(EVENTS.MIGRATE), int(EVENTS.CLEAR), (start + 4 * PAGE, start + 12 * PAGE)
+        assert probe.heard == [(migrate, *part, device), (migrate, *part, device), (clear, start, start + TWOMEG, None)]
+        assert not t.fd.load(start, start + TWOMEG)[0].any(), "the device has forgotten the huge zero page"
+        assert entry_kind(p, start + 4 * PAGE) == Kind.DEVICE_PRIVATE
+        yield from probe.remove()
+
+    run(program)
+
+
 def test_two_migrations_of_the_same_pages_do_not_wait_for_each_other() -> None:
     def program(t: Fixture) -> Program:
         p, device = t.process, Device(t)

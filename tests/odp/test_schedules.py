@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from drivers.mlx5.odp_rig import ODP, Rig
 from odp.checks import Broken
 from odp.schedules import FIXES, UPSTREAM, Schedule
+from seeds import Seeds
 
 from kit.drivers.mlx5 import odp_invalidate
 from kit.drivers.mlx5.advise import ADVISE_FLUSH, PREFETCH, ib_uverbs_advise_mr
@@ -25,36 +25,23 @@ from kit.drivers.mlx5.mkey import NOTHING, Need, Translation, Verdict
 from kit.drivers.mlx5.types import HcaCaps
 from kit.memory.access import load, store
 
-SCHEDULES = int(os.environ.get("FARFAULT_ODP_SCHEDULES", "5000"))
-BLOCK = 100
-BLOCKS = -(-SCHEDULES // BLOCK)
-UNFIXED = max(BLOCKS // 10, 1)  # of these, blocks in which older kernels lack the fixes that the newest has
+SEEDS = Seeds(Schedule, "FARFAULT_ODP_SCHEDULE", 5000, "tests/odp/test_schedules.py")
+UNFIXED = max(SEEDS.blocks // 10, 1)  # of these, blocks in which older kernels lack the fixes that the newest has
 OWN = tuple(name for name in FIXES if name not in UPSTREAM)
 HANGS = ("someone waits for ever", "uses are left", "a key is in the cache twice", "keys are left in odp_mkeys")
 REFUSED = "a UMR request was refused"
 
 
-def block_of(block: int) -> range:
-    return range(block * BLOCK, (block + 1) * BLOCK)
-
-
-@pytest.mark.parametrize("block", range(max(BLOCKS - UNFIXED, 1)))
+@pytest.mark.parametrize("block", range(max(SEEDS.blocks - UNFIXED, 1)))
 def test_schedules(block: int) -> None:
-    for seed in block_of(block):
-        try:
-            Schedule(seed).run()
-        except BaseException as error:
-            error.add_note(
-                f"replay: FARFAULT_ODP_SCHEDULE={seed} python -m pytest tests/odp/test_schedules.py -k replay"
-            )
-            raise
+    SEEDS.run(block)
 
 
 @pytest.mark.parametrize("block", range(UNFIXED))
 def test_schedules_of_older_kernels_without_their_later_fixes(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They pass, or break in one of the two known ways, and then pass with the fixes."""
     twice = watch_destroyed(monkeypatch)
-    for seed in block_of(block):
+    for seed in SEEDS.block(block):
         twice.clear()
         schedule = Schedule(seed, Era(seed % 2), OWN)
         try:
@@ -210,15 +197,5 @@ def test_a_region_that_goes_while_a_fault_of_it_runs() -> None:
 
 def test_replay(capsys: pytest.CaptureFixture[str]) -> None:
     """The same seed is the same schedule, step for step."""
-    seed = int(os.environ.get("FARFAULT_ODP_SCHEDULE", "1"))
-    first = Schedule(seed)
-    try:
-        first.run()
-    finally:
-        if "FARFAULT_ODP_SCHEDULE" in os.environ:
-            with capsys.disabled():
-                print("", *first.done, sep="\n")
-    again = Schedule(seed)
-    again.run()
-    assert again.done == first.done
+    first, again = SEEDS.replay(capsys)
     assert np.array_equal(first.engine.trace.spans.array(), again.engine.trace.spans.array())
