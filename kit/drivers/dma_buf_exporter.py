@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from kit.memory.pages import PhysicalMemory
     from kit.sim.engine import Engine, Thread, Wait
 
-__all__ = ["COSTS", "GTT", "VRAM", "AmdgpuBo", "AmdgpuDevice", "amdgpu_gem_prime_export", "ttm_bo_validate"]
+__all__ = [
+    "COSTS",
+    "GTT",
+    "VRAM",
+    "AmdgpuBo",
+    "AmdgpuDevice",
+    "amdgpu_gem_prime_export",
+    "drm_gem_object_put",
+    "ttm_bo_validate",
+]
 
 GTT, VRAM = 2, 4  # AMDGPU_GEM_DOMAIN_*
 HOST = 1  # residency mask of host memory in the trace's moves
@@ -119,6 +128,8 @@ class AmdgpuBo:
         Once exported.
     moves : int
         How often it has moved.
+    references : int
+        Its user's handle, and the dma-buf.
     """
 
     def __init__(self, adev: AmdgpuDevice, pages: int, preferred: int = VRAM, va: int = -1) -> None:
@@ -129,8 +140,12 @@ class AmdgpuBo:
         self.pfns: Pfns = found
         self.resv = DmaResv()
         self.pin_count = self.moves = 0
+        self.references = 1
         self.dma_buf: DmaBuf | None = None
         adev.memory.zero(found)
+        if va >= 0:
+            now = adev.engine.now
+            adev.engine.trace.move(now, now, va, pages, 0, adev.place if preferred == VRAM else HOST, "create")
 
 
 @step
@@ -139,6 +154,7 @@ def amdgpu_gem_prime_export(bo: AmdgpuBo, thread: Thread) -> DmaBuf | Errno:
     made = dma_buf_export(amdgpu_dmabuf_ops, thread, bo.pages << 12, bo, bo.resv)
     if isinstance(made, DmaBuf):
         bo.dma_buf = made
+        bo.references += 1
     return made
 
 
@@ -203,10 +219,17 @@ def amdgpu_dma_buf_unmap(attach: DmaBufAttachment, thread: Thread, sgt: SgTable)
 
 
 def release(dmabuf: DmaBuf) -> None:
-    """The last reference is gone: so is the buffer object (drm_gem_dmabuf_release)."""
+    """The last reference to the dma-buf is gone: it gives its buffer object up (drm_gem_dmabuf_release)."""
     bo: AmdgpuBo = dmabuf.priv
     bo.dma_buf = None
-    bo.adev.engine.start(_free_when_idle(bo))
+    drm_gem_object_put(bo)
+
+
+def drm_gem_object_put(bo: AmdgpuBo) -> None:
+    """Give a reference up; the last one frees the memory."""
+    bo.references -= 1
+    if not bo.references:
+        bo.adev.engine.start(_free_when_idle(bo))
 
 
 def _free_when_idle(bo: AmdgpuBo) -> Wait:

@@ -15,7 +15,7 @@ class Injection:
         "umem_odp", "pfn_list", "dma_list", "notifier_insert", "odp_mkeys", "mr", "create_mkey_in", "xlt_max",
         "xlt_spare", "xlt_page", "xlt_dma_map", "dma_map", "umr", "umr_recover", "pf_kmalloc", "pf_pool", "pf_wq",
         "eq_create", "eq_enable", "wqe_page", "read_wqe", "prefetch_work", "pf_frame", "cache_page", "cache_async",
-        "swiotlb", "umem_dmabuf",
+        "swiotlb",
     )  # fmt: skip
 
     def __init__(self) -> None:

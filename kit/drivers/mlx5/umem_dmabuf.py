@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from errno import EINVAL, ENOMEM
+from errno import EINVAL
 from typing import TYPE_CHECKING
 
 from kit.drivers.mlx5.enums import PAGE_SHIFT, U64_MAX, Era
@@ -91,8 +91,6 @@ def ib_umem_dmabuf_get(
     ret = 0
     if dmabuf.size < offset + size:
         ret = Errno(EINVAL, name, f"{size} bytes from {offset:#x} in a buffer of {dmabuf.size}")
-    elif dev.inject.hit("umem_dmabuf"):
-        ret = Errno(ENOMEM, name, "struct ib_umem_dmabuf")
     elif not umem.num_pages():
         ret = Errno(EINVAL, name, "no page")
     else:

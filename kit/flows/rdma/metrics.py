@@ -47,7 +47,8 @@ def common_metrics(session: RdmaSession, conformance: Conformance, checked: Inte
     found["umr_wqes"], found["umr_bytes"] = int(of("umr").sum()), int(nbytes[of("umr")].sum())
     found["hmm_walks"] = int(of("hmm_range_fault").sum())
     found["cpu_faults"] = session.responder.mm.faults + session.requester.mm.faults
-    found["invalidations"] = int(of("mlx5_ib_invalidate_range").sum())
+    told = of("mlx5_ib_invalidate_range") | of("mlx5_ib_dmabuf_invalidate_cb")
+    found["invalidations"] = int(told.sum())
     found["children_created"] = int(of("implicit_get_child_mr").sum())
     found["children_destroyed"] = int(of("free_implicit_child_mr_work").sum())
     found["create_mkey_commands"] = int(of("mlx5_core_create_mkey").sum())

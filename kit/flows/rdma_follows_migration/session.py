@@ -10,9 +10,10 @@ from kit.drivers.mlx5 import verbs
 from kit.drivers.mlx5.enums import MTT_PRESENT, U64_MAX, Access
 from kit.drivers.mlx5.objects import Mlx5IbMr
 from kit.errors import Errno, raise_for
-from kit.flows.rdma.content import PAGE, Area, cpu_write, frames_of
+from kit.flows.rdma.content import PAGE, Area, cpu_write
 from kit.flows.rdma.session import RdmaSession
 from kit.flows.rdma.traffic import Traffic, Transfer, cut
+from kit.flows.rdma_follows_migration.exporter import Exporter
 from kit.flows.rdma_follows_migration.movers import FileSystem, Gpu, Moved
 from kit.flows.rdma_follows_migration.parameters import FollowsParameters
 from kit.flows.run import Allocation, Integrity
@@ -39,7 +40,7 @@ class FollowsSession(RdmaSession):
         super().__init__(parameters, scenario)
         self.area: Area | None = None
         self._mr: Mlx5IbMr | None = None
-        self.mover: Gpu | FileSystem | None = None
+        self.mover: Gpu | FileSystem | Exporter | None = None
         self.traffic = Traffic(self, parameters.message_bytes, parameters.depth, after=self._watch)
         self.moved = Moved()
         self.detected = self.numbers = 0
@@ -47,7 +48,11 @@ class FollowsSession(RdmaSession):
     def extra_frames(self, host: str) -> int:
         """The responder has a GPU; its memory is in whole blocks of 2 MiB."""
         p = self.parameters
-        return -(-p.gpu_memory_bytes // PAGE // 512) * 512 + 1024 if host == "responder" and p.mover == "gpu" else 0
+        return (
+            -(-p.gpu_memory_bytes // PAGE // 512) * 512 + 1024
+            if host == "responder" and p.mover != "file_system"
+            else 0
+        )
 
     def open_device(self) -> Self:
         """Open the devices, map the buffer, let the CPU write all of it; the mover gets ready."""
@@ -100,9 +105,13 @@ class FollowsSession(RdmaSession):
         )
         self.area = Area("buffer", va, pages, host.memory.words)
         self.allocations.append(Allocation("buffer", va, p.bytes))
-        yield from cpu_write(host.mm, host.cpu, self.area, np.arange(pages), 1 << 30, self.rng)
         gpu_pages = -(-p.gpu_memory_bytes // PAGE // 512) * 512
-        self.mover = FileSystem(host, file) if file is not None else Gpu(host, self.machine, gpu_pages)
+        if p.mover == "dma_buf":
+            self.mover = Exporter(host, self.machine, gpu_pages, va, p)
+            self.area = self.mover.area
+        else:
+            yield from cpu_write(host.mm, host.cpu, self.area, np.arange(pages), 1 << 30, self.rng)
+            self.mover = FileSystem(host, file) if file is not None else Gpu(host, self.machine, gpu_pages)
         yield from self.mover.open()
         yield from self.traffic.prepare()
 
@@ -110,7 +119,10 @@ class FollowsSession(RdmaSession):
         host, p, area = self.responder, self.parameters, self._area()
         flags = REMOTE | (0 if p.kind == "pinned" else int(Access.ON_DEMAND))
         start, length = (0, U64_MAX) if p.kind == "implicit" else (area.va, p.bytes)
-        mr = yield from verbs.reg_mr(host.pd, host.cpu, start, length, flags)
+        if isinstance(self.mover, Exporter):
+            mr = yield from self.mover.register()
+        else:
+            mr = yield from verbs.reg_mr(host.pd, host.cpu, start, length, flags)
         if isinstance(mr, Errno):
             raise_for(mr)
         self._mr = mr
@@ -137,6 +149,9 @@ class FollowsSession(RdmaSession):
     def _read_back(self) -> Wait:
         area, host = self._area(), self.responder
         host.cpu.now = max(host.cpu.now, self.engine.now)
+        if isinstance(self.mover, Exporter):
+            yield from self.mover.settle()
+            return
         yield from load(host.mm, host.cpu, area.va // PAGE + np.arange(area.pages))
         yield from host.cpu.sync()
 
@@ -210,7 +225,7 @@ class FollowsSession(RdmaSession):
         pfns, _ = hca.dma.resolve(entries & ~np.uint64(MTT_PRESENT))
         if shift > 12:
             pfns = pfns + (pages & ((1 << (shift - 12)) - 1))
-        real = frames_of(self.responder.mm, int(pages[0]), len(pages))
+        real = transfer.area.frames(self.responder.mm, int(pages[0]), len(pages))
         return int((there & (pfns != real)).sum())
 
     # -- the result --------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ LANES = (
 _COST_GROUPS = (
     ("firmware commands", r"cmd_exec|page_fault_resume"),
     ("UMR: change translations", r"umr|xlt|populate_(mtt|klm|ksm)"),
+    ("dma-bufs and their exporter", r"dma_?buf|dma_resv|^ttm_|amdgpu"),
     (
         "page-fault queue",
         r"eq_pf|eqe_pf|pfault|mempool|eq_(get|update|create|enable)|create_(async|map)_eq|frag_buf|init_(fbc|eq)",
@@ -64,6 +65,7 @@ TABLES = {
 _KINDS = {
     "qp_stalled": "PAGE_FAULT",
     "mlx5_ib_invalidate_range": "INVALIDATION",
+    "mlx5_ib_dmabuf_invalidate_cb": "INVALIDATION",
     "umr": "UMR_WQE",
     "message": "MESSAGE",
     "rnr_wait": "RNR_NAK",
