@@ -82,17 +82,20 @@ class AmdgpuDevice:
             raise ValueError(f"no room for {pages} pages of device memory")
         self.first = pgmap.first_pfn
         self.free = np.ones(pages, dtype=bool)
+        self._next = 0  # where to look first
 
     def alloc(self, domain: int, pages: int) -> Pfns | None:
-        """Take pages of a domain; None when there are not so many."""
+        """Take pages of a domain; None when there are not so many. Those given back last come last again."""
         if domain == GTT:
             got = self.memory.alloc_pages(pages)
             return None if got is None else got.astype(np.int64)
         free = np.flatnonzero(self.free)
         if len(free) < pages:
             return None
-        self.free[free[:pages]] = False
-        return free[:pages] + self.first
+        taken = np.sort(np.roll(free, -int(np.searchsorted(free, self._next)))[:pages])
+        self._next = int(taken[-1]) + 1
+        self.free[taken] = False
+        return taken + self.first
 
     def give(self, domain: int, pfns: Pfns) -> None:
         """Give pages of a domain back."""
