@@ -338,14 +338,13 @@ def test_dma_bufs_keep_to_the_documented_steps_of_either_kernel(scenario: str, e
         assert "mlx5r_umr_update_mr_page_shift" in reached, "device memory is in one piece, host memory is not"
 
 
-def test_a_dma_buf_takes_both_words_and_a_kernel_that_knows_it() -> None:
+def test_a_dma_buf_has_one_kind_of_region_and_needs_a_kernel_that_knows_it() -> None:
     for given, word in (
-        ({"mover": "dma_buf"}, "kind = 'explicit': allowed is dmabuf with mover = dma_buf"),
-        ({"kind": "dmabuf"}, "kind = 'dmabuf': allowed is explicit, implicit or pinned with mover = gpu"),
-        ({"mover": "dma_buf", "kind": "dmabuf", "era": "old"}, "era = 'old': allowed is mid or new"),
+        ({"kind": "pinned"}, "kind = 'pinned': allowed is left alone with mover = dma_buf"),
+        ({"era": "old"}, "era = 'old': allowed is mid or new with mover = dma_buf"),
     ):
         with pytest.raises(ParameterError, match=re.escape(word)):
-            kit.run("rdma_follows_migration", **given)
+            kit.run("rdma_follows_migration", mover="dma_buf", **given)
 
 
 @pytest.mark.parametrize("scenario", ["pinned", "file_system_pinned", "dma_buf_pinned"])
@@ -357,8 +356,7 @@ def test_pinned_pages_do_not_move(scenario: str) -> None:
 
 @pytest.mark.parametrize("mover", ["gpu", "file_system", "dma_buf"])
 def test_without_notifiers_stale_data_is_detected_and_reported(mover: str) -> None:
-    kind = "dmabuf" if mover == "dma_buf" else "explicit"
-    run = kit.run("rdma_follows_migration", mover=mover, kind=kind, notifiers=False)
+    run = kit.run("rdma_follows_migration", mover=mover, notifiers=False)
     assert run.metrics["stale_pages_detected"] > 0 and run.errors
     assert all("no longer name" in line for line in run.errors)
     assert run.integrity.lost > 0, "what went to the old pages is lost, and the run says so"

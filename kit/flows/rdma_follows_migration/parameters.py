@@ -24,8 +24,8 @@ class FollowsParameters(RdmaParameters):
         choices=("gpu", "file_system", "dma_buf"),
     )  # fmt: skip
     kind: str = parameter(
-        "explicit", "kind of memory region over the buffer; dmabuf: of what mover = dma_buf exports",
-        choices=("explicit", "implicit", "pinned", "dmabuf"),
+        "explicit", "kind of memory region over the buffer; over a dma-buf there is only one",
+        choices=("explicit", "implicit", "pinned"),
     )  # fmt: skip
     bytes: int = parameter(64 * KIB, "size of the buffer", unit="B", ge=PAGE, le=1 << 32)
     message_bytes: int = parameter(16 * KIB, "size of a message", unit="B", ge=1, le=1 << 31)
@@ -60,9 +60,10 @@ class FollowsParameters(RdmaParameters):
         super().contradictions()
         if self.bytes % PAGE:
             raise ParameterError("bytes", self.bytes, f"a multiple of {PAGE}")
-        if (self.mover == "dma_buf") != (self.kind == "dmabuf"):
-            wanted = "dmabuf" if self.mover == "dma_buf" else "explicit, implicit or pinned"
-            raise ParameterError("kind", self.kind, f"{wanted} with mover = {self.mover}")
+        if self.mover == "dma_buf" and self.kind != "explicit":
+            raise ParameterError(
+                "kind", self.kind, "left alone with mover = dma_buf: its region is of a kind of its own"
+            )
         if self.mover == "dma_buf" and self.era == "old":
             raise ParameterError("era", self.era, "mid or new with mover = dma_buf: 5.12 is the first to register one")
         if self.mover != "file_system" and self.gpu_memory_bytes < self.bytes:

@@ -126,7 +126,7 @@ class FollowsSession(RdmaSession):
         if isinstance(mr, Errno):
             raise_for(mr)
         self._mr = mr
-        host.mrs.append((p.kind, mr))
+        host.mrs.append(("dmabuf" if mr.is_dmabuf else p.kind, mr))
         self.arm(host)
 
     def _rdma(self) -> Wait:
