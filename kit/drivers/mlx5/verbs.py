@@ -236,6 +236,8 @@ def post_send(qp: Qp, thread: Thread, *requests: SendWr) -> Wait:
         if wr.opcode == WrOpcode.FLUSH:
             length = 0
         qp.sq[qp.tail] = SendWqe(wr, qp.tail, length, thread.now)
+        if qp.paging and qp.hca.params.packet_damming:
+            qp.dammed.add(qp.tail)
         qp.tail += 1
     if qp.state == QpState.ERR:
         qp.flush()

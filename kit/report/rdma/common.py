@@ -16,7 +16,7 @@ __all__ = ["HARDWARE", "LANES", "TABLES", "event_columns", "headlines", "report"
 
 HARDWARE = (
     "host_program", "rdma_message", "message", "eqe", "umr", "qp_stalled", "wire", "rnr_wait", "retransmit",
-    "dma_stale", "completion", "pfn_list", "dma_list", "hardware_mtt", "hardware_ksm",
+    "packet_lost", "dma_stale", "completion", "pfn_list", "dma_list", "hardware_mtt", "hardware_ksm",
 )  # fmt: skip
 
 LANES = (
@@ -70,6 +70,7 @@ _KINDS = {
     "message": "MESSAGE",
     "rnr_wait": "RNR_NAK",
     "retransmit": "RETRANSMISSION",
+    "packet_lost": "PACKET_LOST",
     "dma_stale": "STALE_DMA",
 }
 _VIEWS = {
