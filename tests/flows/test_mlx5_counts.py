@@ -362,6 +362,26 @@ def test_without_notifiers_stale_data_is_detected_and_reported(mover: str) -> No
     assert run.integrity.lost > 0, "what went to the old pages is lost, and the run says so"
 
 
+# -- pitfalls of the transport
+
+
+def test_packet_damming_costs_a_time_out_about_a_hundred_times_a_fault() -> None:
+    """Three READs, two at a time: the third is posted while the second waits 4.48 ms, and is missed after 500 ms."""
+    longest = {}
+    for damming in (False, True):
+        run = kit.run("mlx5_implicit_mr", scenario="packet_damming", packet_damming=damming)
+        lost = run.trace.spans.column("step") == run.trace.steps.ids.get("packet_lost", -1)
+        assert int(lost.sum()) == damming and run.metrics["faults"] == 3 and run.integrity.lost == 0 and not run.errors
+        longest[damming] = run.metrics["message_max_us"]
+    assert longest[True] - longest[False] == pytest.approx(500e3, rel=1e-3)
+    assert 100 < (longest[True] - longest[False]) / (1280 * 3.5) < 120
+
+
+def test_without_retries_packet_damming_fails_the_message() -> None:
+    run = kit.run("mlx5_implicit_mr", scenario="packet_damming", retry_cnt=0)
+    assert len(run.errors) == 1 and "RETRY_EXC_ERR" in run.errors[0]
+
+
 # -- all scenarios
 
 

@@ -187,7 +187,7 @@ class Qp:
         self.faults: set[int] = set()  # messages that wait for a local page
         self.rnr_wait = self.timer = False
         self.rnr_paging = False  # the wait is for a page of the responder
-        self.dammed: set[int] = set()  # messages that will be taken for sent
+        self.dammed: set[int] = set()  # messages that are taken for sent until the loss is noticed
         self.progressed = 0.0  # when a message last completed
         self.lost = -1  # last message that nobody will answer
         self.kick_due = -1.0

@@ -49,15 +49,15 @@ def kick(qp: Qp) -> None:
 
 
 def _lose(qp: Qp, wqe: SendWqe) -> None:
-    """Take a message for sent that never leaves (packet damming)."""
+    """Take a message for sent that has never left, as often as those before it are sent again (packet damming)."""
     from kit.drivers.mlx5.retries import unacknowledged
 
     hca, now = qp.hca, qp.hca.engine.now
-    qp.dammed.discard(wqe.index)
     qp.next = wqe.index + 1
+    if not wqe.sent:
+        hca.counters.dammed += 1
+        hca.engine.trace.span("packet_lost", hca.name, now, now, va=wqe.wr.remote_addr or -1, bytes=wqe.length)
     wqe.sent += 1
-    hca.counters.dammed += 1
-    hca.engine.trace.span("packet_lost", hca.name, now, now, va=wqe.wr.remote_addr or -1, bytes=wqe.length)
     unacknowledged(qp, wqe.index)
 
 
@@ -138,7 +138,10 @@ def _fault(qp: Qp, wqe: SendWqe, kind: PageRequest, committed: int, lost: Transl
         packet_length=min(hca.params.mtu, wqe.length - committed), pftype_wq=kind << 24 | qp.qpn,
     )  # fmt: skip
 
+    served: list[bool] = []
+
     def resume(error: bool) -> None:
+        served.append(not error)
         if qp.epoch != epoch or qp.state != QpState.RTS:
             return
         if error:
@@ -161,7 +164,7 @@ def _fault(qp: Qp, wqe: SendWqe, kind: PageRequest, committed: int, lost: Transl
     if hca.params.packet_flood and kind == PageRequest.REQ_READ_OR_ATOMIC:
         from kit.drivers.mlx5.retries import flood
 
-        flood(qp, epoch, wqe)
+        flood(qp, wqe, served)
     if not hca.raise_fault("requester", lost.va, eqe, lost, resume):
         negative(qp, epoch, wqe.index, WcStatus.LOC_PROT_ERR)
     return False

@@ -50,6 +50,7 @@ def not_ready(qp: Qp, epoch: int, index: int, code: int, committed: int, paging:
 def sequence_error(qp: Qp, epoch: int, index: int) -> None:
     """A NAK for a gap: send again from message `index`."""
     if qp.epoch == epoch and qp.state == QpState.RTS:
+        qp.dammed.clear()
         rewind(qp, index)
         kick(qp)
 
@@ -95,18 +96,19 @@ def _arm(qp: Qp, delay: float) -> None:
         qp.retry_left -= 1
         qp.retries += 1
         qp.lost = -1
+        qp.dammed.clear()
         rewind(qp, qp.head)
         kick(qp)
 
     qp.hca.after(delay, expired)
 
 
-def flood(qp: Qp, epoch: int, wqe: SendWqe) -> None:
-    """Ask for a READ's data again and again while there is no page that could take them (packet flood)."""
-    hca = qp.hca
+def flood(qp: Qp, wqe: SendWqe, served: list[bool]) -> None:
+    """Ask for a READ's data again and again until its page fault is `served` (packet flood)."""
+    hca, epoch = qp.hca, qp.epoch
 
     def again() -> None:
-        if qp.epoch != epoch or qp.state != QpState.RTS or wqe.index not in qp.faults:
+        if qp.epoch != epoch or qp.state != QpState.RTS or served:
             return
         now, network = hca.engine.now, hca.network
         hca.counters.flooded += 1

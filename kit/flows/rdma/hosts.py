@@ -96,7 +96,7 @@ def make_host(
     costs = costs_of(machine, mlx5_costs)
     hardware = HcaParameters(
         mtu=p.mtu, rnr_scale=p.rnr_scale, timeout_floor=p.timeout_floor_ms * 1000, rdma_op_len_known=p.op_len_known,
-        packet_damming=p.packet_damming, packet_flood=p.packet_flood,
+        packet_damming=p.packet_damming,
     )  # fmt: skip
     hca = Hca(own, memory, costs, params=hardware, name=f"{name} hca")
     if p.era == "new" and p.memory_scheme:

@@ -66,10 +66,6 @@ class RdmaParameters(Parameters):
         False, "messages posted while an earlier one of their queue pair waits for a page get lost, seen at the ACK "
         "timeout (published; which ones: estimate)", group="Transport",
     )  # fmt: skip
-    packet_flood: bool = parameter(
-        False, "READs whose local page is missing are sent again every 0.5 ms (published; how often: estimate)",
-        group="Transport",
-    )  # fmt: skip
     op_len_known: bool = parameter(
         True, "page-fault events of one-sided operations carry the operation's length", group="Transport",
         documented="rdma_op_len",
