@@ -22,7 +22,7 @@ __all__ = [
     "DEVICE_COHERENT", "DEVICE_PRIVATE", "HUNG_TASK", "MEMORY_DEVICE_COHERENT", "MEMORY_DEVICE_PRIVATE", "DevPagemap",
     "DevPagemapOps", "PagemapOperations",
     "is_device_coherent", "is_device_private", "memremap_pages", "memunmap_pages", "page_pgmap", "pgmaps_where",
-    "zone_device_folio_init",
+    "plug_in", "zone_device_folio_init",
 ]  # fmt: skip
 
 MEMORY_DEVICE_PRIVATE, MEMORY_DEVICE_COHERENT = 1, 2  # enum memory_type
@@ -81,9 +81,17 @@ class DevPagemap:
 @step
 def memremap_pages(memory: PhysicalMemory, thread: Thread, pgmap: DevPagemap) -> int:
     """Give `pgmap` page frames past the system's, all of them free; returns 0, or -ENOMEM when there is no room."""
+    if not plug_in(memory, pgmap):
+        return Errno(ENOMEM, "memremap_pages", f"no room for {pgmap.pages} pages of device memory")
+    thread.note(pages=pgmap.pages, bytes=pgmap.pages << 12)
+    return 0
+
+
+def plug_in(memory: PhysicalMemory, pgmap: DevPagemap) -> bool:
+    """Give `pgmap` frames past the system's, all of them free; False when there is no room."""
     first = _free_region(memory, pgmap.pages)
     if first < 0:
-        return Errno(ENOMEM, "memremap_pages", f"no room for {pgmap.pages} pages of device memory")
+        return False
     if None in memory.pgmaps[1:]:
         pgmap.index = memory.pgmaps.index(None, 1)
         memory.pgmaps[pgmap.index] = pgmap
@@ -96,8 +104,7 @@ def memremap_pages(memory: PhysicalMemory, thread: Thread, pgmap: DevPagemap) ->
     memory.refcount[region] = 0
     memory.flags[region] = 0
     memory.order[region] = 0
-    thread.note(pages=pgmap.pages, bytes=pgmap.pages << 12)
-    return 0
+    return True
 
 
 @waiting_step

@@ -56,6 +56,7 @@ class Mm:
         self.rss = {"anon": 0, "file": 0, "shmem": 0, "swap": 0}  # pages
         self.mmap_base = MMAP_BASE
         self.faults = 0  # page faults served, each of the kernel's own
+        self.files: dict[int, object] = {}  # the process's open files that drivers look up, by descriptor
 
     def mmget_not_zero(self) -> bool:
         """Take a user reference unless the address space is being torn down."""

@@ -6,11 +6,13 @@ request, and children of 1 GiB.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
 
 import kit
+from kit.errors import ParameterError
 from kit.flows.registry import load_scenario
 from kit.flows.run import Run
 from kit.report.figures.window import COLUMN
@@ -297,14 +299,60 @@ def test_nothing_is_lost_while_pages_move_under_messages(scenario: str) -> None:
     assert m["pages_moved"] > 0 and m["lost_pages"] == m["stale_dma"] == m["resumes_in_error"] == 0
 
 
-@pytest.mark.parametrize("scenario", ["pinned", "file_system_pinned"])
+def test_one_fault_after_each_move_maps_all_of_a_dma_buf() -> None:
+    """Moves: a request that empties the entries; faults: one that writes them. The rest: 3 regions made, 2 revoked."""
+    m = metrics("rdma_follows_migration", "dma_buf")
+    pages, rounds = 16, 4
+    assert m["pages_moved"] == rounds * pages and m["faults"] == m["invalidations"] == rounds
+    assert m["umr_wqes"] == 2 * rounds + 3 + 2 and m["bytes_moved"] == rounds * pages * 4096
+    assert m["lost_pages"] == m["stale_dma"] == m["resumes_in_error"] == 0
+    assert m["cpu_faults"] == 4 + 1, "the requester's buffer; the responder's CPU never touches the GPU's"
+
+
+def test_without_peer_to_peer_each_mapping_brings_the_buffer_to_host_memory() -> None:
+    """The registration, and one fault after each of the moves back to the GPU; the importer hears of every move."""
+    m = metrics("rdma_follows_migration", "dma_buf_no_peer")
+    assert m["faults"] == 2 and m["pages_moved"] == 2 * 16 and m["bytes_moved"] == (1 + 2 + 2) * 65536
+    assert m["invalidations"] == 1 + 2 + 2 and m["umr_wqes"] == 2 * 2 + 3 + 2, (
+        "only a mapped buffer has entries to empty"
+    )
+    assert m["lost_pages"] == m["stale_dma"] == 0
+
+
+def test_a_dma_buf_that_moves_under_messages_loses_nothing() -> None:
+    m = metrics("rdma_follows_migration", "dma_buf_during")
+    assert m["pages_moved"] == 4 * 256 and m["invalidations"] == 4 <= m["faults"]
+    assert m["lost_pages"] == m["stale_dma"] == m["resumes_in_error"] == 0
+
+
+@pytest.mark.parametrize("era", ["mid", "new"])
+@pytest.mark.parametrize("scenario", ["dma_buf", "dma_buf_no_peer", "dma_buf_during", "dma_buf_pinned"])
+def test_dma_bufs_keep_to_the_documented_steps_of_either_kernel(scenario: str, era: str) -> None:
+    run = kit.run("rdma_follows_migration", scenario=scenario, era=era, payload_bytes=4096, jitter=0.3)
+    assert run.conformance.violations == [] and run.integrity.lost == 0 and not run.errors
+    reached = set(run.conformance.steps_reached)
+    assert era == "new" or "mlx5r_umr_dmabuf_update_pgsz" not in reached
+    if era == "new" and scenario == "dma_buf":
+        assert "mlx5r_umr_update_mr_page_shift" in reached, "device memory is in one piece, host memory is not"
+
+
+def test_a_dma_buf_has_one_kind_of_region_and_needs_a_kernel_that_knows_it() -> None:
+    for given, word in (
+        ({"kind": "pinned"}, "kind = 'pinned': allowed is left alone with mover = dma_buf"),
+        ({"era": "old"}, "era = 'old': allowed is mid or new with mover = dma_buf"),
+    ):
+        with pytest.raises(ParameterError, match=re.escape(word)):
+            kit.run("rdma_follows_migration", mover="dma_buf", **given)
+
+
+@pytest.mark.parametrize("scenario", ["pinned", "file_system_pinned", "dma_buf_pinned"])
 def test_pinned_pages_do_not_move(scenario: str) -> None:
     m = metrics("rdma_follows_migration", scenario)
     assert m["pages_moved"] == 0 and m["pages_that_stayed"] == 32
     assert m["faults"] == 0 and m["lost_pages"] == 0
 
 
-@pytest.mark.parametrize("mover", ["gpu", "file_system"])
+@pytest.mark.parametrize("mover", ["gpu", "file_system", "dma_buf"])
 def test_without_notifiers_stale_data_is_detected_and_reported(mover: str) -> None:
     run = kit.run("rdma_follows_migration", mover=mover, notifiers=False)
     assert run.metrics["stale_pages_detected"] > 0 and run.errors
@@ -312,14 +360,34 @@ def test_without_notifiers_stale_data_is_detected_and_reported(mover: str) -> No
     assert run.integrity.lost > 0, "what went to the old pages is lost, and the run says so"
 
 
+# -- pitfalls of the transport
+
+
+def test_packet_damming_costs_a_time_out_about_a_hundred_times_a_fault() -> None:
+    """Three READs, two at a time: the third is posted while the second waits 4.48 ms, and is missed after 500 ms."""
+    longest = {}
+    for damming in (False, True):
+        run = kit.run("mlx5_implicit_mr", scenario="packet_damming", packet_damming=damming)
+        lost = run.trace.spans.column("step") == run.trace.steps.ids.get("packet_lost", -1)
+        assert int(lost.sum()) == damming and run.metrics["faults"] == 3 and run.integrity.lost == 0 and not run.errors
+        longest[damming] = run.metrics["message_max_us"]
+    assert longest[True] - longest[False] == pytest.approx(500e3, rel=1e-3)
+    assert 100 < (longest[True] - longest[False]) / (1280 * 3.5) < 120
+
+
+def test_without_retries_packet_damming_fails_the_message() -> None:
+    run = kit.run("mlx5_implicit_mr", scenario="packet_damming", retry_cnt=0)
+    assert len(run.errors) == 1 and "RETRY_EXC_ERR" in run.errors[0]
+
+
 # -- all scenarios
 
 
-def test_between_them_the_scenarios_reach_every_step_of_the_seeds_tree_but_dma_buf() -> None:
-    """Only a dma-buf region would reach mlx5_umem_dmabuf_default_pgsz."""
+def test_between_them_the_scenarios_reach_every_step_of_the_seeds_tree() -> None:
     scenarios = (
         ("mlx5_implicit_mr", "default"), ("mlx5_implicit_mr", "no_fault_objects"), ("mlx5_odp_mr", "default"),
         ("mlx5_odp_mr", "larger_than_the_cache"), ("rc_pingpong", "iodp_prefetch"),
+        ("rdma_follows_migration", "dma_buf"),
     )  # fmt: skip
     seen = {step for flow, name in scenarios for step in ran(flow, name).conformance.steps_reached}
     assert set(SEED.split()) - seen == set()
@@ -332,7 +400,7 @@ alloc_workqueue mlx5_ib_eq_pf_int mlx5_ib_eqe_pf_action mlx5_ib_pfault mlx5_ib_p
 mlx5_eq_create_generic create_async_eq create_map_eq mlx5_frag_buf_alloc_node mlx5_init_fbc init_eq_buf
 mlx5_irq_get_index mlx5_fill_page_frag_array mlx5_cmd_exec mlx5_debug_eq_add mlx5_eq_enable
 mlx5_ib_alloc_implicit_mr ib_init_umem_odp mmu_interval_notifier_insert mlx5r_umr_can_load_pas ib_umem_odp_get
-alloc_cacheable_mr ib_umem_find_best_pgsz mlx5_umem_needs_ats mkey_cache_ent_from_rb_key reg_create
+alloc_cacheable_mr mlx5_umem_dmabuf_default_pgsz ib_umem_find_best_pgsz mlx5_umem_needs_ats mkey_cache_ent_from_rb_key reg_create
 mlx5_ib_create_mkey mlx5_core_create_mkey set_mr_fields _mlx5_mr_cache_alloc create_cache_mkey pop_mkey_locked
 queue_adjust_cache_locked xa_init mlx5r_store_odp_mkey xa_store mlx5_ib_init_odp_mr pagefault_real_mr
 ib_umem_odp_map_dma_and_lock mmu_interval_read_begin hmm_range_fault mmu_interval_read_retry hmm_pfn_to_map_order

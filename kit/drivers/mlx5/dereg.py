@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from kit.drivers.mlx5.cmd import mlx5_core_destroy_mkey
@@ -18,6 +19,7 @@ from kit.sim.trace import step, waiting_step
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
     from kit.drivers.mlx5.objects import Mlx5IbMkey, Mlx5IbMr
+    from kit.drivers.mlx5.umem_dmabuf import IbUmemDmabuf
     from kit.drivers.mlx5.umem_odp import IbUmemOdp
 
 __all__ = [
@@ -106,28 +108,33 @@ def mlx5r_handle_mkey_cleanup(mr: Mlx5IbMr, thread: Thread) -> Wait:
     if from_cache is not None:
         from_cache.in_use -= 1
         mmkey.cache_ent = None
-    odp = cast("IbUmemOdp", mr.umem) if mr.is_odp else None
-    if odp is not None:
-        yield from odp.umem_mutex.acquire(thread)
-    ret = yield from destroy_mkey(mr, thread)
-    if odp is not None:
-        if not ret:
-            odp.private = None
-        yield from odp.umem_mutex.release(thread)
-    return ret
+    return (yield from under_lock(mr, thread, destroy_mkey))
 
 
 def revoke_mr_with_lock(mr: Mlx5IbMr, thread: Thread) -> Wait:
     """Revoke so that no invalidation can still write to the freed key (mlx5_umr_revoke_mr_with_lock)."""
-    if not mr.is_odp:
-        return (yield from mlx5r_umr_revoke_mr(mr, thread))
-    odp = cast("IbUmemOdp", mr.umem)
-    yield from odp.umem_mutex.acquire(thread)
-    ret = yield from mlx5r_umr_revoke_mr(mr, thread)
-    if not ret:
-        odp.private = None
-    yield from odp.umem_mutex.release(thread)
-    return ret
+    return (yield from under_lock(mr, thread, mlx5r_umr_revoke_mr))
+
+
+def under_lock(mr: Mlx5IbMr, thread: Thread, end: Callable[[Mlx5IbMr, Thread], Wait]) -> Wait:
+    """End a key's use while no invalidation runs, and let later ones find no region; a pinned one has none."""
+    if mr.is_odp:
+        odp = cast("IbUmemOdp", mr.umem)
+        yield from odp.umem_mutex.acquire(thread)
+        ret = yield from end(mr, thread)
+        if not ret:
+            odp.private = None
+        yield from odp.umem_mutex.release(thread)
+        return ret
+    if mr.is_dmabuf:
+        dmabuf = cast("IbUmemDmabuf", mr.umem)
+        yield from dmabuf.resv.lock(thread)
+        ret = yield from end(mr, thread)
+        if not ret:
+            dmabuf.private = None
+        yield from dmabuf.resv.unlock(thread)
+        return ret
+    return (yield from end(mr, thread))
 
 
 @waiting_step

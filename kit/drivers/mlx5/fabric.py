@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from kit.drivers.mlx5.enums import QpState
 from kit.drivers.mlx5.message import Message
-from kit.drivers.mlx5.requester import unanswered
 from kit.drivers.mlx5.responder import arrive
+from kit.drivers.mlx5.retries import unanswered
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.hca import Hca

@@ -46,6 +46,7 @@ from kit.sim.trace import step, waiting_step
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
     from kit.drivers.mlx5.umem import IbUmem
+    from kit.drivers.mlx5.umem_dmabuf import IbUmemDmabuf
     from kit.drivers.mlx5.umem_odp import IbUmemOdp
     from kit.drivers.mlx5.verbs import Dmah
     from kit.memory.mm import Mm
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "alloc_cacheable_mr", "create_real_mr", "create_user_odp_mr", "ib_check_mr_access", "ib_uverbs_reg_mr",
-    "mlx5_ib_reg_user_mr", "mlx5r_store_odp_mkey", "reg_create",
+    "mlx5_ib_reg_user_mr", "mlx5_umem_dmabuf_default_pgsz", "mlx5r_store_odp_mkey", "page_sizes", "reg_create",
 ]  # fmt: skip
 
 OPTIONAL = 0x3FF00000  # IB_ACCESS_OPTIONAL: ignored by devices that do not know them
@@ -173,7 +174,10 @@ def page_sizes(dev: Mlx5IbDev) -> int:
 @waiting_step
 def alloc_cacheable_mr(dev: Mlx5IbDev, thread: Thread, pd: IbPd, umem: Umem, iova: int, access_flags: int) -> Wait:
     """Return a region whose key is there but free: from the cache, or created for it (mr.c)."""
-    page_size = ib_umem_find_best_pgsz(cast("IbUmem", umem), thread, page_sizes(dev), iova)
+    if umem.is_dmabuf:
+        page_size = mlx5_umem_dmabuf_default_pgsz(cast("IbUmemDmabuf", umem), thread, iova)
+    else:
+        page_size = ib_umem_find_best_pgsz(cast("IbUmem", umem), thread, page_sizes(dev), iova)
     if not page_size:
         return Errno(EINVAL, "alloc_cacheable_mr", "the device has no page size that fits")
     page_shift = page_size.bit_length() - 1
@@ -194,6 +198,13 @@ def alloc_cacheable_mr(dev: Mlx5IbDev, thread: Thread, pd: IbPd, umem: Umem, iov
     mr.umem, mr.page_shift = umem, page_shift
     set_mr_fields(mr, thread, umem.length, access_flags, iova)
     return mr
+
+
+@step
+def mlx5_umem_dmabuf_default_pgsz(umem: IbUmemDmabuf, thread: Thread, iova: int) -> int:
+    """The smallest page size: the buffer is not mapped yet, and how it will be nobody knows (mr.c)."""
+    umem.iova = iova
+    return PAGE
 
 
 @step

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = [
     "MKEY_IMPLICIT_CHILD", "MKEY_INDIRECT_DEVX", "MKEY_MR", "MKEY_MW", "MKEY_NULL", "PF_DOWNGRADE", "PF_ENABLE",
     "PF_SNAPSHOT", "UPD_XLT_ACCESS", "UPD_XLT_ADDR", "UPD_XLT_ATOMIC", "UPD_XLT_DOWNGRADE", "UPD_XLT_ENABLE",
-    "UPD_XLT_INDIRECT", "UPD_XLT_PD", "UPD_XLT_ZAP", "IbPd", "Mlx5IbMkey", "Mlx5IbMr", "OdpStats", "RbKey",
+    "UPD_XLT_INDIRECT", "UPD_XLT_KEEP_PGSZ", "UPD_XLT_PD", "UPD_XLT_ZAP", "IbPd", "Mlx5IbMkey", "Mlx5IbMr",
+    "OdpStats", "RbKey",
 ]  # fmt: skip
 
 # enum mlx5_mkey_type (mlx5_ib.h @ 7.0)
@@ -26,6 +27,7 @@ MKEY_MR, MKEY_MW, MKEY_INDIRECT_DEVX, MKEY_NULL, MKEY_IMPLICIT_CHILD = range(1, 
 # MLX5_IB_UPD_XLT_* (mlx5_ib.h @ 7.0); plain integers: they are combined on every fault
 UPD_XLT_ZAP, UPD_XLT_ENABLE, UPD_XLT_ATOMIC, UPD_XLT_ADDR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 UPD_XLT_PD, UPD_XLT_ACCESS, UPD_XLT_INDIRECT, UPD_XLT_DOWNGRADE = 1 << 4, 1 << 5, 1 << 6, 1 << 7
+UPD_XLT_KEEP_PGSZ = 1 << 8  # 6.9 has no such flag
 # MLX5_PF_FLAGS_* (odp.c @ 7.0)
 PF_DOWNGRADE, PF_SNAPSHOT, PF_ENABLE = 1 << 1, 1 << 2, 1 << 3
 
@@ -104,6 +106,8 @@ class Mlx5IbMr:
         A child of an implicit region has one.
     implicit_children : dict of int to Mlx5IbMr
         By slot of the parent (xarray; looked up and changed without yielding, which is its lock).
+    dmabuf_faulted : bool
+        A dma-buf that has been mapped before; from then on another page size has to be changed with care.
     dead : bool
         Deregistered: the struct is freed.
     """
@@ -123,6 +127,7 @@ class Mlx5IbMr:
     odp_stats: OdpStats = field(default_factory=OdpStats)
     is_odp_implicit: bool = False
     null_mmkey: Mlx5IbMkey = field(default_factory=lambda: Mlx5IbMkey(type=MKEY_NULL))
+    dmabuf_faulted: bool = False
     dead: bool = False
 
     def __post_init__(self) -> None:
@@ -132,3 +137,8 @@ class Mlx5IbMr:
     def is_odp(self) -> bool:
         """Whether its pages come on demand (is_odp_mr)."""
         return self.umem is not None and self.umem.is_odp
+
+    @property
+    def is_dmabuf(self) -> bool:
+        """Whether it is memory that another driver exports (is_dmabuf_mr)."""
+        return self.umem is not None and self.umem.is_dmabuf

@@ -97,7 +97,7 @@ def pagefault_mr(
     mr: Mlx5IbMr, thread: Thread, io_virt: int, bcnt: int, bytes_mapped: BytesMapped | None, flags: int,
     permissive_fault: bool = False,
 ) -> Wait:  # fmt: skip
-    """Fault part of a region, of either kind; return 4 KiB pages, or an errno (odp.c).
+    """Fault part of a region, of whatever kind; return 4 KiB pages, or an errno (odp.c).
 
     Parameters
     ----------
@@ -106,12 +106,15 @@ def pagefault_mr(
     permissive_fault : bool
         Clamp to the region instead of failing (memory scheme).
     """
+    from kit.drivers.mlx5.dmabuf import pagefault_dmabuf_mr
     from kit.drivers.mlx5.odp_implicit import pagefault_implicit_mr
 
     odp, name = cast(IbUmemOdp, mr.umem), "pagefault_mr"
     thread.note(va=io_virt, bytes=bcnt)
     if io_virt < mr.iova and not permissive_fault:
         return Errno(EFAULT, name, f"{io_virt:#x} is below the region")
+    if mr.is_dmabuf:
+        return (yield from pagefault_dmabuf_mr(mr, thread, bcnt, bytes_mapped, flags))
     if odp.is_implicit_odp:
         return (yield from pagefault_implicit_mr(mr, thread, odp, io_virt, bcnt, bytes_mapped, flags))
     user_va = max(io_virt - mr.iova, 0) + odp.address

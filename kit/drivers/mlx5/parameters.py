@@ -31,6 +31,14 @@ class HcaParameters:
         Real waits are longer than the RNR timer's code says by this factor. UNVERIFIED; 1 is the specification.
     timeout_floor : float
         Smallest transport timeout, microseconds. UNVERIFIED: reported as 500 ms on ConnectX-4, 30 ms on ConnectX-5.
+    packet_damming : bool
+        A message that is posted while an earlier one of its queue pair waits for a page is lost, so that only the
+        transport's time-out, or the gap before a later message, shows that it is missing. That packets get lost then
+        is published (Fukuoka, Sato, Taura, ISPASS 2021); which of them is UNVERIFIED.
+    packet_flood : bool
+        While the page for a READ's answer is missing, the request is sent again every ``resend_interval``, and is
+        answered each time. That this happens, with many queue pairs, is published (ibid.); the interval is
+        UNVERIFIED.
     prefetch_before, prefetch_after : int
         Memory scheme: pages around the missing ones that the event asks for.
     cmd_slots : int
@@ -47,6 +55,8 @@ class HcaParameters:
     rdma_op_len_known: bool = True
     rnr_scale: float = 1.0
     timeout_floor: float = 0.0
+    packet_damming: bool = False
+    packet_flood: bool = False
     prefetch_before: int = 0
     prefetch_after: int = 0
     cmd_slots: int = 31
@@ -61,6 +71,8 @@ class HcaCounters:
     resumes_in_error: int = 0
     rnr_naks: int = 0
     dropped: int = 0
+    dammed: int = 0
+    flooded: int = 0
     umr_wqes: int = 0
     umr_bytes: int = 0
     unknown_resumes: int = 0

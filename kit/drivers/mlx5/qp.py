@@ -186,10 +186,18 @@ class Qp:
         self.acked = -1  # last message that the responder has acknowledged
         self.faults: set[int] = set()  # messages that wait for a local page
         self.rnr_wait = self.timer = False
+        self.rnr_paging = False  # the wait is for a page of the responder
+        self.dammed: set[int] = set()  # messages that are taken for sent until the loss is noticed
+        self.progressed = 0.0  # when a message last completed
         self.lost = -1  # last message that nobody will answer
         self.kick_due = -1.0
         self.retry_left, self.rnr_left = self.retry_cnt, self.rnr_retry
         self.responders: dict[int, Responder] = {}
+
+    @property
+    def paging(self) -> bool:
+        """Whether a message of it waits for a page, here or at the responder."""
+        return bool(self.faults) or self.rnr_paging
 
     def responder(self, source: int) -> Responder:
         """Return what is known of requester `source`: one for a connection, many for DC."""
@@ -201,7 +209,7 @@ class Qp:
 
     def complete(self, wqe: SendWqe, status: WcStatus) -> None:
         """Take a finished send off the queue, with a completion if one is due."""
-        now = self.hca.engine.now
+        now = self.progressed = self.hca.engine.now
         del self.sq[wqe.index]
         self.head = wqe.index + 1
         self.next = max(self.next, self.head)

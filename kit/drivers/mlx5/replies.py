@@ -12,7 +12,8 @@ from kit.drivers.mlx5.enums import PageFaultSubtype, PageFaultType, QpState, QpT
 from kit.drivers.mlx5.message import Message, transmit
 from kit.drivers.mlx5.mkey import Translation
 from kit.drivers.mlx5.qp import Qp, Responder
-from kit.drivers.mlx5.requester import acknowledge, answer, negative, not_ready
+from kit.drivers.mlx5.requester import acknowledge, answer, negative
+from kit.drivers.mlx5.retries import not_ready
 
 __all__ = ["ack", "back", "done", "fault", "nak", "rdma_fault", "reply", "rnr"]
 
@@ -46,8 +47,8 @@ def done(qp: Qp, known: Responder, message: Message, data: NDArray[np.uint8] | N
 def rnr(qp: Qp, known: Responder, message: Message) -> None:
     """Receiver not ready: a receive or a page is missing."""
     qp.hca.counters.rnr_naks += 1
-    code, committed = qp.min_rnr_timer, known.committed
-    back(qp, lambda: not_ready(message.qp, message.epoch, message.index, code, committed))
+    code, committed, paging = qp.min_rnr_timer, known.committed, known.fault
+    back(qp, lambda: not_ready(message.qp, message.epoch, message.index, code, committed, paging))
 
 
 def nak(qp: Qp, message: Message, status: WcStatus) -> None:

@@ -21,11 +21,9 @@ from kit.drivers.mlx5.enums import (
 )  # fmt: skip
 from kit.drivers.mlx5.message import Message, transmit
 from kit.drivers.mlx5.mkey import Translation, Verdict
-from kit.drivers.mlx5.qp import READS, RNR_TIMER, Qp, SendWqe
+from kit.drivers.mlx5.qp import READS, Qp, SendWqe
 
-__all__ = ["acknowledge", "answer", "kick", "negative", "not_ready", "sequence_error", "unanswered"]
-
-TIMEOUT_UNIT = 4.096  # microseconds; the transport timeout is this times 2 ** code
+__all__ = ["acknowledge", "advance", "answer", "kick", "negative", "rewind"]
 
 
 def kick(qp: Qp) -> None:
@@ -36,6 +34,9 @@ def kick(qp: Qp) -> None:
         if settled:
             qp.next += 1
             continue
+        if wqe.index in qp.dammed:
+            _lose(qp, wqe)
+            continue
         if qp.type == QpType.UD and wqe.length > qp.hca.params.mtu:
             negative(qp, qp.epoch, wqe.index, WcStatus.LOC_LEN_ERR)
             return
@@ -45,6 +46,19 @@ def kick(qp: Qp) -> None:
         if qp.next < qp.tail:
             _kick_later(qp)
             return
+
+
+def _lose(qp: Qp, wqe: SendWqe) -> None:
+    """Take a message for sent that has never left, as often as those before it are sent again (packet damming)."""
+    from kit.drivers.mlx5.retries import unacknowledged
+
+    hca, now = qp.hca, qp.hca.engine.now
+    qp.next = wqe.index + 1
+    if not wqe.sent:
+        hca.counters.dammed += 1
+        hca.engine.trace.span("packet_lost", hca.name, now, now, va=wqe.wr.remote_addr or -1, bytes=wqe.length)
+    wqe.sent += 1
+    unacknowledged(qp, wqe.index)
 
 
 def _kick_later(qp: Qp) -> None:
@@ -91,7 +105,7 @@ def _left(qp: Qp, message: Message) -> None:
     """A datagram is done when it has left."""
     if qp.epoch == message.epoch and qp.state == QpState.RTS:
         qp.acked = max(qp.acked, message.index)
-        _advance(qp)
+        advance(qp)
 
 
 def _read_local(qp: Qp, wqe: SendWqe) -> bool:
@@ -124,7 +138,10 @@ def _fault(qp: Qp, wqe: SendWqe, kind: PageRequest, committed: int, lost: Transl
         packet_length=min(hca.params.mtu, wqe.length - committed), pftype_wq=kind << 24 | qp.qpn,
     )  # fmt: skip
 
+    served: list[bool] = []
+
     def resume(error: bool) -> None:
+        served.append(not error)
         if qp.epoch != epoch or qp.state != QpState.RTS:
             return
         if error:
@@ -143,13 +160,17 @@ def _fault(qp: Qp, wqe: SendWqe, kind: PageRequest, committed: int, lost: Transl
             kick(qp)
 
     qp.faults.add(wqe.index)
-    _rewind(qp, wqe.index)
+    rewind(qp, wqe.index)
+    if hca.params.packet_flood and kind == PageRequest.REQ_READ_OR_ATOMIC:
+        from kit.drivers.mlx5.retries import flood
+
+        flood(qp, wqe, served)
     if not hca.raise_fault("requester", lost.va, eqe, lost, resume):
         negative(qp, epoch, wqe.index, WcStatus.LOC_PROT_ERR)
     return False
 
 
-def _rewind(qp: Qp, index: int) -> None:
+def rewind(qp: Qp, index: int) -> None:
     """Send again from message `index`, once nothing keeps the queue pair from sending."""
     qp.next = max(min(qp.next, index), qp.head)
 
@@ -160,7 +181,7 @@ def acknowledge(qp: Qp, epoch: int, index: int) -> None:
         return
     qp.acked = max(qp.acked, index)
     qp.retry_left, qp.rnr_left = qp.retry_cnt, qp.rnr_retry
-    _advance(qp)
+    advance(qp)
 
 
 def answer(qp: Qp, epoch: int, index: int, offset: int, data: NDArray[np.uint8]) -> None:
@@ -182,7 +203,7 @@ def answer(qp: Qp, epoch: int, index: int, offset: int, data: NDArray[np.uint8])
         negative(qp, epoch, index, WcStatus.LOC_PROT_ERR)
 
 
-def _advance(qp: Qp) -> None:
+def advance(qp: Qp) -> None:
     """Complete, in order, what is acknowledged and answered."""
     while qp.head < qp.tail and qp.head <= qp.acked:
         wqe = qp.sq[qp.head]
@@ -190,45 +211,6 @@ def _advance(qp: Qp) -> None:
             break
         qp.complete(wqe, WcStatus.SUCCESS)
     kick(qp)
-
-
-def not_ready(qp: Qp, epoch: int, index: int, code: int, committed: int) -> None:
-    """An RNR NAK: wait as long as its timer says, then send again from message `index`."""
-    if qp.epoch != epoch or qp.state != QpState.RTS or index < qp.head or qp.rnr_wait:
-        return
-    hca = qp.hca
-    qp.rnr_naks += 1
-    if qp.rnr_left == 0:
-        negative(qp, epoch, index, WcStatus.RNR_RETRY_EXC_ERR)
-        return
-    if qp.rnr_left != 7:
-        qp.rnr_left -= 1
-    if index > qp.head:
-        qp.acked = max(qp.acked, index - 1)
-    wqe = qp.sq[index]
-    if wqe.wr.opcode not in READS:
-        wqe.acked = max(wqe.acked, committed)
-    wqe.data = None
-    qp.rnr_wait = True
-    _rewind(qp, index)
-    wait = RNR_TIMER[code & 31] * hca.params.rnr_scale
-    now = hca.engine.now
-    hca.engine.trace.span("rnr_wait", hca.name, now, now + wait, va=wqe.wr.remote_addr or -1, value=code)
-    _advance(qp)
-
-    def over() -> None:
-        if qp.epoch == epoch:
-            qp.rnr_wait = False
-            kick(qp)
-
-    hca.after(wait, over)
-
-
-def sequence_error(qp: Qp, epoch: int, index: int) -> None:
-    """A NAK for a gap: send again from message `index`."""
-    if qp.epoch == epoch and qp.state == QpState.RTS:
-        _rewind(qp, index)
-        kick(qp)
 
 
 def negative(qp: Qp, epoch: int, index: int, status: WcStatus) -> None:
@@ -241,38 +223,3 @@ def negative(qp: Qp, epoch: int, index: int, status: WcStatus) -> None:
         qp.complete(qp.sq[earlier], WcStatus.WR_FLUSH_ERR if unread else WcStatus.SUCCESS)
     qp.complete(qp.sq[index], status)
     qp.to_error()
-
-
-def unanswered(message: Message) -> None:
-    """Nobody answers a message: sooner or later the transport timer runs out."""
-    qp = message.qp
-    if qp.epoch == message.epoch and qp.type != QpType.UD and qp.timeout:  # code 0: no limit
-        qp.lost = max(qp.lost, message.index)
-        if not qp.timer:
-            _arm(qp)
-
-
-def _arm(qp: Qp) -> None:
-    """Start the transport timer: without progress until then everything is sent again, `retry_cnt` times."""
-    epoch, head = qp.epoch, qp.head
-    qp.timer = True
-
-    def expired() -> None:
-        if qp.epoch != epoch or qp.state != QpState.RTS:
-            return
-        qp.timer = False
-        if qp.head > qp.lost:
-            return
-        if qp.head != head or qp.rnr_wait or qp.faults:
-            _arm(qp)
-            return
-        if qp.retry_left == 0:
-            negative(qp, epoch, qp.head, WcStatus.RETRY_EXC_ERR)
-            return
-        qp.retry_left -= 1
-        qp.retries += 1
-        qp.lost = -1
-        _rewind(qp, qp.head)
-        kick(qp)
-
-    qp.hca.after(max(TIMEOUT_UNIT * (1 << qp.timeout), qp.hca.params.timeout_floor), expired)

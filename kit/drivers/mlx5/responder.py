@@ -22,7 +22,7 @@ from kit.drivers.mlx5.message import Message
 from kit.drivers.mlx5.mkey import Need, Verdict
 from kit.drivers.mlx5.qp import ATOMICS, Qp, RecvWqe, Responder, Srq
 from kit.drivers.mlx5.replies import ack, back, done, fault, nak, rdma_fault, reply, rnr
-from kit.drivers.mlx5.requester import sequence_error
+from kit.drivers.mlx5.retries import sequence_error
 
 __all__ = ["arrive"]
 

@@ -48,6 +48,7 @@ class IbUmem:
     writable: bool
     owning_mm: Mm
     is_odp: bool = False
+    is_dmabuf: bool = False
     pfns: NDArray[np.integer] = field(default_factory=lambda: NO_PAGES, repr=False)
     dma: NDArray[np.uint64] = field(default_factory=lambda: NO_PAGES.astype(np.uint64), repr=False)
 
@@ -163,8 +164,13 @@ def unpin_user_page_range_dirty_lock(umem: IbUmem, thread: Thread, make_dirty: b
 
 @waiting_step
 def ib_umem_release(umem: IbUmem | IbUmemOdp | None, thread: Thread) -> Wait:
-    """Let go of the memory: unmap and unpin, or, on demand, unmap and stop watching (core/umem.c)."""
+    """Let go of the memory: unmap and unpin; on demand, unmap and stop watching; of a dma-buf, detach (core/umem.c)."""
     if umem is None:
+        return
+    if umem.is_dmabuf:
+        from kit.drivers.mlx5.umem_dmabuf import IbUmemDmabuf, ib_umem_dmabuf_release
+
+        yield from ib_umem_dmabuf_release(cast("IbUmemDmabuf", umem), thread)
         return
     if not isinstance(umem, IbUmem):
         yield from ib_umem_odp_release(umem, thread)

@@ -76,6 +76,7 @@ class IbUmemOdp:
     page_shift: int = PAGE_SHIFT
     is_implicit_odp: bool = False
     is_odp: bool = True
+    is_dmabuf: bool = False
     start: int = 0
     end: int = 0
     notifier: MmuIntervalNotifier = field(init=False, repr=False)

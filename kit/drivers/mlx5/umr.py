@@ -19,6 +19,7 @@ from kit.drivers.mlx5.objects import (
     UPD_XLT_ATOMIC,
     UPD_XLT_ENABLE,
     UPD_XLT_INDIRECT,
+    UPD_XLT_KEEP_PGSZ,
     UPD_XLT_PD,
     UPD_XLT_ZAP,
 )
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MLX5_MAX_UMR_CHUNK", "MLX5_SPARE_UMR_CHUNK", "Xlt", "mlx5r_umr_alloc_xlt", "mlx5r_umr_update_mr_pas",
-    "mlx5r_umr_update_xlt",
+    "mlx5r_umr_update_xlt", "update_pas",
 ]  # fmt: skip
 
 MLX5_MAX_UMR_CHUNK = (1 << (MLX5_MAX_UMR_SHIFT + 4)) - UMR_ALIGNMENT  # bytes
@@ -161,6 +162,8 @@ def mlx5r_umr_final_update_xlt(dev: Mlx5IbDev, thread: Thread, wqe: UmrWqe, mr: 
             wqe.mkey_mask |= MkeyMask.PAGE_SIZE_5
         if not mr.length:
             cast(Mkc, wqe.mkc).length64 = True
+        if flags & UPD_XLT_KEEP_PGSZ:
+            wqe.mkey_mask &= ~MkeyMask.PAGE_SIZE
 
 
 def wqe_of(mr: Mlx5IbMr, thread: Thread, flags: int, page_shift: int, xlt: Xlt) -> UmrWqe:
@@ -240,25 +243,37 @@ def mlx5r_umr_update_xlt(mr: Mlx5IbMr, thread: Thread, idx: int, npages: int, pa
 
 @waiting_step
 def mlx5r_umr_update_mr_pas(mr: Mlx5IbMr, thread: Thread, flags: int) -> Wait:
-    """Write all translations of a pinned region; return 0 or an errno (umr.c)."""
+    """Write all translations of a region that is not on demand, or with ZAP empty ones; return 0 or an errno (umr.c).
+
+    Only those of a dma-buf are ever emptied.
+    """
+    return (yield from update_pas(mr, thread, flags))
+
+
+def update_pas(mr: Mlx5IbMr, thread: Thread, flags: int, start_block: int = 0, nblocks: int = 0) -> Wait:
+    """Write some of the translations, `nblocks` 0: all from `start_block` on (mlx5r_umr_update_mr_pas_range)."""
     dev, umem = mr.dev, cast("IbUmem", mr.umem)
     if umem.is_odp:
         return Errno(EINVAL, "mlx5r_umr_update_mr_pas", "the region is on demand")
-    blocks = dma_blocks(umem, mr.page_shift, mr.iova)
-    xlt = yield from mlx5r_umr_create_xlt(dev, thread, len(blocks), MTT_SIZE, flags)
+    blocks = dma_blocks(umem, mr.page_shift, mr.iova)[start_block:]
+    blocks = blocks[:nblocks] if nblocks else blocks
+    xlt = yield from mlx5r_umr_create_xlt(dev, thread, max(nblocks, len(blocks)), MTT_SIZE, flags)
     if xlt is None:
         return Errno(ENOMEM, "mlx5r_umr_create_xlt", "the buffer cannot be mapped for DMA")
     per_wqe = xlt.length // MTT_SIZE
     wqe = wqe_of(mr, thread, flags, mr.page_shift, xlt)
+    wqe.zeros = bool(flags & UPD_XLT_ZAP)
+    thread.note(va=mr.iova, pages=len(blocks), bytes=len(blocks) * MTT_SIZE, value=start_block)
     ret = 0
     for at in range(0, len(blocks), per_wqe):
         part = blocks[at : at + per_wqe]
-        xlt.entries[: len(part)] = part | np.uint64(MTT_PRESENT)
-        xlt.entries[len(part) :] = 0
+        if not wqe.zeros:
+            xlt.entries[: len(part)] = part | np.uint64(MTT_PRESENT)
+            xlt.entries[len(part) :] = 0
         thread.charge(dev.costs.xlt_entry * len(part))
         carry(wqe, xlt, len(part))
-        if at:
-            mlx5r_umr_update_offset(wqe, thread, at * MTT_SIZE)
+        if start_block + at:
+            mlx5r_umr_update_offset(wqe, thread, (start_block + at) * MTT_SIZE)
         if at + per_wqe >= len(blocks):
             mlx5r_umr_final_update_xlt(dev, thread, wqe, mr, flags)
         ret = yield from mlx5r_umr_post_send_wait(dev, thread, wqe)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Context", "DeviceAttrEx", "Dmah", "advise_mr", "alloc_pd", "connect", "create_cq", "create_qp", "create_srq",
     "dereg_mr", "destroy_qp", "modify_qp", "open_device", "poll_cq", "post_recv", "post_send", "post_srq_recv",
-    "query_device_ex", "reg_mr", "reg_mr_ex", "wait_cq",
+    "query_device_ex", "reg_dmabuf_mr", "reg_mr", "reg_mr_ex", "wait_cq",
 ]  # fmt: skip
 
 
@@ -183,6 +183,23 @@ def reg_mr_ex(
     return (yield from ib_uverbs_reg_mr(pd.dev, thread, pd, addr, length, at, access, dmah))
 
 
+def reg_dmabuf_mr(pd: IbPd, thread: Thread, offset: int, length: int, iova: int, fd: int, access: int) -> Wait:
+    """Register part of a buffer that another driver exports; returns the region or an `Errno`.
+
+    Parameters
+    ----------
+    offset, length : int
+        Bytes of the buffer.
+    iova : int
+        What its first byte is to be called in work requests.
+    fd : int
+        The process's descriptor of the dma-buf.
+    """
+    from kit.drivers.mlx5.dmabuf import ib_uverbs_handler_UVERBS_METHOD_REG_DMABUF_MR as handler
+
+    return (yield from handler(pd.dev, thread, pd, offset, length, iova, fd, access))
+
+
 def dereg_mr(mr: Mlx5IbMr, thread: Thread) -> Wait:
     """Deregister; returns 0 or a negative errno."""
     from kit.drivers.mlx5.dereg import mlx5_ib_dereg_mr
@@ -219,6 +236,8 @@ def post_send(qp: Qp, thread: Thread, *requests: SendWr) -> Wait:
         if wr.opcode == WrOpcode.FLUSH:
             length = 0
         qp.sq[qp.tail] = SendWqe(wr, qp.tail, length, thread.now)
+        if qp.paging and qp.hca.params.packet_damming:
+            qp.dammed.add(qp.tail)
         qp.tail += 1
     if qp.state == QpState.ERR:
         qp.flush()

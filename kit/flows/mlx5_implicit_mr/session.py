@@ -14,7 +14,7 @@ from kit.flows.rdma.one_sided import OneSidedSession
 from kit.flows.rdma.pressure import chosen_pages, page_out
 from kit.flows.rdma.traffic import Transfer, cut, transfers_of
 from kit.memory.mmap import mmap
-from kit.memory.types import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_PRIVATE, PROT_READ, PROT_WRITE
+from kit.memory.types import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_PRIVATE, PAGE, PROT_READ, PROT_WRITE
 from kit.sim.engine import Wait
 
 __all__ = ["STAGES", "ImplicitSession"]
@@ -69,7 +69,7 @@ class ImplicitSession(OneSidedSession):
                     host.mm, host.cpu, p.area_bytes, PROT_READ | PROT_WRITE, MAPPING, addr=va, name=f"area {index}"
                 ))
             )  # fmt: skip
-            yield from self._touch(self.add_area(f"area {index}", va, p.area_bytes))
+            yield from self._touch(self.add_area(Area(f"area {index}", va, p.area_bytes // PAGE, host.memory.words)))
         yield from self.traffic.prepare()
 
     def _touch(self, area: Area) -> Wait:

@@ -10,7 +10,7 @@ from kit.drivers.mlx5.enums import Access
 from kit.errors import Errno, ParameterError, raise_for
 from kit.flows.mlx5_odp_mr.buffers import Buffers
 from kit.flows.mlx5_odp_mr.parameters import HUGE, KINDS, OdpMrParameters
-from kit.flows.rdma.content import cpu_write
+from kit.flows.rdma.content import Area, cpu_write
 from kit.flows.rdma.one_sided import OneSidedSession, reg_mr
 from kit.flows.rdma.pressure import page_out
 from kit.flows.rdma.traffic import cut, transfers_of
@@ -94,7 +94,7 @@ class OdpMrSession(OneSidedSession):
         raise_for(va)
         if p.pages == "transparent":
             raise_for((yield from madvise(host.mm, host.cpu, va, size, MADV_HUGEPAGE)))
-        buffers = Buffers(kind, self.add_area(f"{kind} buffers", va, size), p.bytes)
+        buffers = Buffers(kind, self.add_area(Area(f"{kind} buffers", va, size // PAGE, host.memory.words)), p.bytes)
         self.buffers.append(buffers)
         self.allocations.sort(key=lambda each: each.va)
         pages, number = buffers.chosen(p.resident), 1 << 30 | len(self.buffers)

@@ -82,6 +82,10 @@ class Area:
         else:
             self.model[pages] = 0
 
+    def frames(self, mm: Mm, first: int, count: int) -> NDArray[np.int64]:
+        """Return the page that each virtual page number names, -1 where it names none."""
+        return frames_of(mm, first, count)
+
     def check(self, mm: Mm) -> tuple[int, int]:
         """Return how many pages were compared with memory and how many of them differ; nothing is faulted in."""
         there = peek(mm, self.va // PAGE, self.pages)

@@ -95,8 +95,9 @@ def make_host(
     mm = Mm(memory, own, costs_of(machine, mm_costs), name=f"{name} program", record_moves=record_moves)
     costs = costs_of(machine, mlx5_costs)
     hardware = HcaParameters(
-        mtu=p.mtu, rnr_scale=p.rnr_scale, timeout_floor=p.timeout_floor_ms * 1000, rdma_op_len_known=p.op_len_known
-    )
+        mtu=p.mtu, rnr_scale=p.rnr_scale, timeout_floor=p.timeout_floor_ms * 1000, rdma_op_len_known=p.op_len_known,
+        packet_damming=p.packet_damming,
+    )  # fmt: skip
     hca = Hca(own, memory, costs, params=hardware, name=f"{name} hca")
     if p.era == "new" and p.memory_scheme:
         hca.caps.mem_page_fault = hca.caps.page_prefetch = True

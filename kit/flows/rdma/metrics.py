@@ -37,7 +37,7 @@ def common_metrics(session: RdmaSession, conformance: Conformance, checked: Inte
     found["umr_wqes"], found["umr_bytes"] = spans.count("umr"), spans.total("bytes", spans.of("umr"))
     found["hmm_walks"] = spans.count("hmm_range_fault")
     found["cpu_faults"] = sum(h.mm.faults for h in session.hosts)
-    found["invalidations"] = spans.count("mlx5_ib_invalidate_range")
+    found["invalidations"] = spans.count("mlx5_ib_invalidate_range") + spans.count("mlx5_ib_dmabuf_invalidate_cb")
     found["children_created"] = spans.count("implicit_get_child_mr")
     found["children_destroyed"] = spans.count("free_implicit_child_mr_work")
     found["create_mkey_commands"] = spans.count("mlx5_core_create_mkey")

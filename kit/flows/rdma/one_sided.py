@@ -70,16 +70,18 @@ class OneSidedSession(RdmaSession):
             self.connections.append(made)
         self.catch_up()
 
-    def add_area(self, name: str, va: int, length: int) -> Area:
-        """Note that the responder's program has mapped an area, and what it holds: zeros."""
-        area = Area(name, va, length // PAGE, self.responder.memory.words)
+    def add_area(self, area: Area) -> Area:
+        """Note that the responder's program has mapped an area."""
         self.areas.append(area)
-        self.allocations.append(Allocation(name, va, length))
+        self.allocations.append(Allocation(area.name, area.va, area.pages * PAGE))
         return area
 
     def register_one(self, kind: str, va: int = 0, length: int = 0) -> Wait:
         """Register the flow's one region, which must succeed; from then on the failure asked for may happen."""
-        mr = yield from reg_mr(self.responder, kind, va, length)
+        self.start_using(kind, (yield from reg_mr(self.responder, kind, va, length)))
+
+    def start_using(self, kind: str, mr: Mlx5IbMr | Errno) -> None:
+        """Send messages through a region that was registered; raise what refused it."""
         if isinstance(mr, Errno):
             raise_for(mr)
         self.responder.mrs.append((kind, mr))

@@ -62,6 +62,10 @@ class RdmaParameters(Parameters):
         0.0, "smallest ACK timeout of the adapter; reported: 500 on ConnectX-4, 30 on ConnectX-5", unit="ms",
         group="Transport", ge=0, le=10_000,
     )  # fmt: skip
+    packet_damming: bool = parameter(
+        False, "messages posted while an earlier one of their queue pair waits for a page get lost, seen at the ACK "
+        "timeout (published; which ones: estimate)", group="Transport",
+    )  # fmt: skip
     op_len_known: bool = parameter(
         True, "page-fault events of one-sided operations carry the operation's length", group="Transport",
         documented="rdma_op_len",

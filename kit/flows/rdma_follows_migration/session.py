@@ -9,9 +9,10 @@ import numpy as np
 from kit.drivers.mlx5 import verbs
 from kit.drivers.mlx5.enums import MTT_PRESENT
 from kit.errors import raise_for
-from kit.flows.rdma.content import Area, cpu_write, frames_of
+from kit.flows.rdma.content import Area, cpu_write
 from kit.flows.rdma.one_sided import OneSidedSession
 from kit.flows.rdma.traffic import Transfer, cut, transfers_of
+from kit.flows.rdma_follows_migration.exporter import Exporter
 from kit.flows.rdma_follows_migration.movers import FileSystem, Gpu, Moved
 from kit.flows.rdma_follows_migration.parameters import FollowsParameters
 from kit.memory.access import load
@@ -34,14 +35,18 @@ class FollowsSession(OneSidedSession):
     def __init__(self, parameters: FollowsParameters, scenario: str = "") -> None:
         p = parameters
         super().__init__(p, scenario, p.message_bytes, p.depth, p.qps, after=self._watch)
-        self.mover: Gpu | FileSystem | None = None
+        self.mover: Gpu | FileSystem | Exporter | None = None
         self.moved = Moved()
         self.detected = self.numbers = 0
 
     def extra_frames(self, host: str) -> int:
         """The responder has a GPU; its memory is in whole blocks of 2 MiB."""
         p = self.parameters
-        return -(-p.gpu_memory_bytes // PAGE // 512) * 512 + 1024 if host == "responder" and p.mover == "gpu" else 0
+        return (
+            -(-p.gpu_memory_bytes // PAGE // 512) * 512 + 1024
+            if host == "responder" and p.mover != "file_system"
+            else 0
+        )
 
     def open_device(self) -> Self:
         """Open the devices, map the buffer, let the CPU write all of it; the mover gets ready."""
@@ -92,15 +97,22 @@ class FollowsSession(OneSidedSession):
         va = raise_for(
             (yield from mmap(host.mm, host.cpu, p.bytes, PROT_READ | PROT_WRITE, flags, file, name="buffer"))
         )
-        area = self.add_area("buffer", va, p.bytes)
-        yield from cpu_write(host.mm, host.cpu, area, np.arange(pages), 1 << 30, self.rng)
         gpu_pages = -(-p.gpu_memory_bytes // PAGE // 512) * 512
-        self.mover = FileSystem(host, file) if file is not None else Gpu(host, self.machine, gpu_pages)
+        if p.mover == "dma_buf":
+            self.mover = Exporter(host, self.machine, gpu_pages, va, p)
+            self.add_area(self.mover.area)
+        else:
+            area = self.add_area(Area("buffer", va, pages, host.memory.words))
+            yield from cpu_write(host.mm, host.cpu, area, np.arange(pages), 1 << 30, self.rng)
+            self.mover = FileSystem(host, file) if file is not None else Gpu(host, self.machine, gpu_pages)
         yield from self.mover.open()
         yield from self.traffic.prepare()
 
     def _register(self) -> Wait:
-        yield from self.register_one(self.parameters.kind, self.area.va, self.parameters.bytes)
+        if isinstance(self.mover, Exporter):
+            self.start_using("dmabuf", (yield from self.mover.register()))
+        else:
+            yield from self.register_one(self.parameters.kind, self.area.va, self.parameters.bytes)
 
     def _rdma(self) -> Wait:
         yield from self._messages()
@@ -121,6 +133,9 @@ class FollowsSession(OneSidedSession):
 
     def _read_back(self) -> Wait:
         area, host = self.area, self.responder
+        if isinstance(self.mover, Exporter):
+            yield from self.mover.settle()
+            return
         yield from load(host.mm, host.cpu, area.va // PAGE + np.arange(area.pages))
         yield from host.cpu.sync()
 
@@ -186,7 +201,7 @@ class FollowsSession(OneSidedSession):
         pfns, _ = hca.dma.resolve(entries & ~np.uint64(MTT_PRESENT))
         if shift > 12:
             pfns = pfns + (pages & ((1 << (shift - 12)) - 1))
-        real = frames_of(self.responder.mm, int(pages[0]), len(pages))
+        real = transfer.area.frames(self.responder.mm, int(pages[0]), len(pages))
         return int((there & (pfns != real)).sum())
 
     # -- the result --------------------------------------------------------------------------------------------------

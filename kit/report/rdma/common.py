@@ -16,7 +16,7 @@ __all__ = ["HARDWARE", "LANES", "TABLES", "event_columns", "headlines", "report"
 
 HARDWARE = (
     "host_program", "rdma_message", "message", "eqe", "umr", "qp_stalled", "wire", "rnr_wait", "retransmit",
-    "dma_stale", "completion", "pfn_list", "dma_list", "hardware_mtt", "hardware_ksm",
+    "packet_lost", "dma_stale", "completion", "pfn_list", "dma_list", "hardware_mtt", "hardware_ksm",
 )  # fmt: skip
 
 LANES = (
@@ -35,6 +35,7 @@ LANES = (
 _COST_GROUPS = (
     ("firmware commands", r"cmd_exec|page_fault_resume"),
     ("UMR: change translations", r"umr|xlt|populate_(mtt|klm|ksm)"),
+    ("dma-bufs and their exporter", r"dma_?buf|dma_resv|^ttm_|amdgpu"),
     (
         "page-fault queue",
         r"eq_pf|eqe_pf|pfault|mempool|eq_(get|update|create|enable)|create_(async|map)_eq|frag_buf|init_(fbc|eq)",
@@ -64,10 +65,12 @@ TABLES = {
 _KINDS = {
     "qp_stalled": "PAGE_FAULT",
     "mlx5_ib_invalidate_range": "INVALIDATION",
+    "mlx5_ib_dmabuf_invalidate_cb": "INVALIDATION",
     "umr": "UMR_WQE",
     "message": "MESSAGE",
     "rnr_wait": "RNR_NAK",
     "retransmit": "RETRANSMISSION",
+    "packet_lost": "PACKET_LOST",
     "dma_stale": "STALE_DMA",
 }
 _VIEWS = {

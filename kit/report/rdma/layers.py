@@ -101,8 +101,10 @@ def layer_pages(run: Run, stage: str = "") -> tuple[dict[str, NDArray[np.int64]]
 
 
 def _resident(run: Run, end: float) -> NDArray[np.int64]:
-    """Return the runs of pages that are in host memory at `end`."""
+    """Return the runs of pages that are in host memory at `end`; no page table names those of a dma-buf."""
     found = []
+    if run.parameters.get("mover") == "dma_buf":
+        return np.zeros((0, 2), dtype=np.int64)
     for area in run.allocations:
         first, count = area.va // 4096, -(-area.bytes // 4096)
         here = (run.trace.residency_at(end, first, count) & 1).astype(bool) if count <= 1 << 22 else np.zeros(1, bool)

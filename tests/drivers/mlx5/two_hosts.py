@@ -46,10 +46,12 @@ TIMES = {
 class Side:
     """One host: program, address space, device, and a buffer registered as asked for."""
 
-    def __init__(self, world: World, name: str, frames: int, era: Era, caps: HcaCaps, params: HcaParameters) -> None:
+    def __init__(
+        self, world: World, name: str, frames: int, era: Era, caps: HcaCaps, params: HcaParameters, device_frames: int
+    ) -> None:
         engine = world.engine
         self.world = world
-        self.memory = PhysicalMemory(engine, frames, payload_bytes=PAGE, swap_slots=frames)
+        self.memory = PhysicalMemory(engine, frames, device_frames, payload_bytes=PAGE, swap_slots=frames)
         self.mm = Mm(self.memory, engine, make_mm_costs(dict.fromkeys(MM_COSTS, 0.05)), name)
         self.hca = Hca(engine, self.memory, world.costs, caps, params, f"{name} hca")
         world.fabric.attach(self.hca)
@@ -120,13 +122,13 @@ class World:
 
     def __init__(
         self, era: Era = Era.MID, frames: int = 1 << 13, seed: int = 0, jitter: float = 0.0, caps: HcaCaps | None = None,
-        params: HcaParameters | None = None, options: OdpOptions | None = None, **costs: float,
+        params: HcaParameters | None = None, options: OdpOptions | None = None, device_frames: int = 0, **costs: float,
     ) -> None:  # fmt: skip
         self.options = options or OdpOptions()
         self.engine = Engine(seed, jitter)
         self.costs = make_costs({**TIMES, **costs})
         self.fabric = Fabric()
-        more = (frames, era, caps or HcaCaps(), params or HcaParameters())
+        more = (frames, era, caps or HcaCaps(), params or HcaParameters(), device_frames)
         self.client, self.server = Side(self, "client", *more), Side(self, "server", *more)
 
     def rc(self, **attributes: int) -> tuple[Qp, Qp]:

@@ -1,0 +1,319 @@
+"""Buffers that one driver exports and others import: attaching, mapping, and telling importers of a move.
+
+An importer that can do without its mappings for a while (a dynamic one) gives ``move_notify``; the exporter then may
+move the buffer whenever it likes. For any other importer the buffer is pinned while it is attached. All of
+drivers/dma-buf/dma-buf.c @ 6.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from errno import EBADF, EINVAL
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kit.errors import Errno
+from kit.memory.dma_resv import DMA_RESV_USAGE_KERNEL, DmaResv, dma_resv_wait_timeout
+from kit.sim.trace import step, waiting_step
+
+if TYPE_CHECKING:
+    from kit.memory.mm import Mm
+    from kit.sim.engine import Thread, Wait
+
+__all__ = [
+    "DmaBuf", "DmaBufAttachOps", "DmaBufAttachment", "DmaBufOps", "DmaMapper", "SgTable", "close_fd",
+    "dma_buf_detach", "dma_buf_dynamic_attach", "dma_buf_export", "dma_buf_fd", "dma_buf_get",
+    "dma_buf_map_attachment", "dma_buf_move_notify", "dma_buf_pin", "dma_buf_put", "dma_buf_unmap_attachment",
+    "dma_buf_unpin",
+]  # fmt: skip
+
+FIRST_FD = 3  # after standard input, output and error
+
+
+class DmaMapper(Protocol):
+    """A device that DMA addresses are made for (struct device, as the DMA API sees it)."""
+
+    def map_pages(self, pfns: NDArray[np.integer], order: int = 0) -> NDArray[np.uint64] | None:
+        """Return an address for each page, or None."""
+        ...
+
+    def unmap_pages(self, addresses: NDArray[np.uint64], order: int = 0) -> None:
+        """Take addresses back."""
+        ...
+
+
+@dataclass(eq=False)
+class SgTable:
+    """A mapping of a whole buffer for one device (struct sg_table): an address for each 4 KiB page, in order."""
+
+    dma: NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class DmaBufOps:
+    """What an exporter does (struct dma_buf_ops); with `pin` and `unpin` it can move the buffer otherwise.
+
+    Attributes
+    ----------
+    attach : callable (dmabuf, thread, attach) -> int, optional
+    detach : callable (dmabuf, thread, attach), optional
+    pin : callable (attach, thread) -> Wait of int, optional
+    unpin : callable (attach, thread), optional
+    map_dma_buf : callable (attach, thread) -> Wait of SgTable or Errno
+    unmap_dma_buf : callable (attach, thread, sgt)
+    release : callable (dmabuf)
+    """
+
+    map_dma_buf: Callable[[DmaBufAttachment, Thread], Wait]
+    unmap_dma_buf: Callable[[DmaBufAttachment, Thread, SgTable], None]
+    release: Callable[[DmaBuf], None]
+    attach: Callable[[DmaBuf, Thread, DmaBufAttachment], int] | None = None
+    detach: Callable[[DmaBuf, Thread, DmaBufAttachment], None] | None = None
+    pin: Callable[[DmaBufAttachment, Thread], Wait] | None = None
+    unpin: Callable[[DmaBufAttachment, Thread], None] | None = None
+
+
+@dataclass(frozen=True)
+class DmaBufAttachOps:
+    """What a dynamic importer does (struct dma_buf_attach_ops).
+
+    Attributes
+    ----------
+    allow_peer2peer : bool
+        It can use memory of another device that has no struct page.
+    move_notify : callable (attach, thread) -> Wait, or None
+        Give the mapping up; the reservation is held.
+    """
+
+    move_notify: Callable[[DmaBufAttachment, Thread], Wait] | None
+    allow_peer2peer: bool = False
+
+
+@dataclass(eq=False)
+class DmaBuf:
+    """Struct dma_buf, and the file that stands for it.
+
+    Attributes
+    ----------
+    size : int
+        Bytes.
+    priv : object
+        The exporter's.
+    config_move_notify : bool
+        CONFIG_DMABUF_MOVE_NOTIFY; without it whoever maps the buffer pins it.
+    references : int
+        Of the file: descriptors, and importers.
+    """
+
+    size: int
+    ops: DmaBufOps
+    priv: Any
+    resv: DmaResv = field(default_factory=DmaResv)
+    config_move_notify: bool = True
+    attachments: list[DmaBufAttachment] = field(default_factory=list)
+    references: int = 1
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the exporter moves it unless told not to (dma_buf_is_dynamic)."""
+        return self.ops.pin is not None
+
+
+@dataclass(eq=False)
+class DmaBufAttachment:
+    """Struct dma_buf_attachment: one device's use of a buffer.
+
+    Attributes
+    ----------
+    peer2peer : bool
+        The importer allows it, and the exporter has not found it impossible.
+    sgt : SgTable or None
+        The mapping, where importer or exporter needs one that stays.
+    """
+
+    dmabuf: DmaBuf
+    dev: DmaMapper
+    importer_ops: DmaBufAttachOps | None
+    importer_priv: Any
+    peer2peer: bool = False
+    sgt: SgTable | None = None
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether its importer can do without a mapping (dma_buf_attachment_is_dynamic)."""
+        return self.importer_ops is not None
+
+
+@step
+def dma_buf_export(ops: DmaBufOps, thread: Thread, size: int, priv: Any, resv: DmaResv | None = None) -> DmaBuf | Errno:
+    """Make a buffer of what a driver has; its first reference is the caller's (dma-buf.c)."""
+    if (ops.pin is None) != (ops.unpin is None):
+        return Errno(EINVAL, "dma_buf_export", "pin without unpin, or the other way round")
+    thread.note(bytes=size)
+    return DmaBuf(size, ops, priv, resv or DmaResv())
+
+
+@step
+def dma_buf_fd(dmabuf: DmaBuf, thread: Thread, mm: Mm) -> int:
+    """Give the process that owns `mm` a descriptor, which takes the caller's reference over (dma-buf.c)."""
+    fd = next(number for number in range(FIRST_FD, FIRST_FD + len(mm.files) + 1) if number not in mm.files)
+    mm.files[fd] = dmabuf
+    return fd
+
+
+def close_fd(mm: Mm, fd: int) -> int:
+    """close(2): the process gives its reference up; returns 0 or -EBADF."""
+    file = mm.files.pop(fd, None)
+    if file is None:
+        return Errno(EBADF, "close", f"descriptor {fd}")
+    if isinstance(file, DmaBuf):
+        _fput(file)
+    return 0
+
+
+@step
+def dma_buf_get(fd: int, thread: Thread, mm: Mm) -> DmaBuf | Errno:
+    """Find a process's buffer by its descriptor, and take a reference (dma-buf.c)."""
+    file = mm.files.get(fd)
+    if file is None:
+        return Errno(EBADF, "dma_buf_get", f"descriptor {fd} is not open")
+    if not isinstance(file, DmaBuf):
+        return Errno(EINVAL, "dma_buf_get", f"descriptor {fd} is no dma-buf")
+    file.references += 1
+    return file
+
+
+@step
+def dma_buf_put(dmabuf: DmaBuf, thread: Thread) -> None:
+    """Give a reference up; with the last one the exporter gets its buffer back (dma-buf.c)."""
+    _fput(dmabuf)
+
+
+def _fput(dmabuf: DmaBuf) -> None:
+    dmabuf.references -= 1
+    if not dmabuf.references:
+        dmabuf.ops.release(dmabuf)
+
+
+@waiting_step
+def dma_buf_dynamic_attach(
+    dmabuf: DmaBuf, thread: Thread, dev: DmaMapper, importer_ops: DmaBufAttachOps | None, importer_priv: Any
+) -> Wait:
+    """Let a device use the buffer; return the DmaBufAttachment or an errno (dma-buf.c).
+
+    Where only one side can deal with moves, the buffer is pinned and mapped now, for as long as it is attached.
+    """
+    if importer_ops is not None and importer_ops.move_notify is None:
+        return Errno(EINVAL, "dma_buf_dynamic_attach", "a dynamic importer has to give move_notify")
+    attach = DmaBufAttachment(dmabuf, dev, importer_ops, importer_priv)
+    if importer_ops is not None:
+        attach.peer2peer = importer_ops.allow_peer2peer
+    if dmabuf.ops.attach is not None:
+        ret = dmabuf.ops.attach(dmabuf, thread, attach)
+        if ret:
+            return ret
+    yield from dmabuf.resv.lock(thread)
+    dmabuf.attachments.append(attach)
+    yield from dmabuf.resv.unlock(thread)
+    if attach.is_dynamic != dmabuf.is_dynamic:
+        yield from dmabuf.resv.lock(thread)
+        sgt = yield from _map_for_good(attach, thread)
+        yield from dmabuf.resv.unlock(thread)
+        if isinstance(sgt, Errno):
+            yield from dma_buf_detach(dmabuf, thread, attach)
+            return sgt
+        attach.sgt = sgt
+    return attach
+
+
+def _map_for_good(attach: DmaBufAttachment, thread: Thread) -> Wait:
+    """Pin, where the exporter could move the buffer, and map; return the mapping or an errno, with nothing pinned."""
+    ops = attach.dmabuf.ops
+    if ops.pin is not None:
+        ret = yield from ops.pin(attach, thread)
+        if ret:
+            return ret
+    sgt = yield from _map_dma_buf(attach, thread)
+    if isinstance(sgt, Errno) and ops.unpin is not None:
+        ops.unpin(attach, thread)
+    return sgt
+
+
+def _map_dma_buf(attach: DmaBufAttachment, thread: Thread) -> Wait:
+    """Have the exporter map the buffer; an importer that does not look at fences gets it with none (__map_dma_buf)."""
+    dmabuf = attach.dmabuf
+    sgt = yield from dmabuf.ops.map_dma_buf(attach, thread)
+    if not isinstance(sgt, Errno) and not attach.is_dynamic:
+        yield from dma_resv_wait_timeout(dmabuf.resv, thread, DMA_RESV_USAGE_KERNEL)
+    return sgt
+
+
+@waiting_step
+def dma_buf_detach(dmabuf: DmaBuf, thread: Thread, attach: DmaBufAttachment) -> Wait:
+    """End a device's use of the buffer (dma-buf.c)."""
+    yield from dmabuf.resv.lock(thread)
+    if attach.sgt is not None:
+        dmabuf.ops.unmap_dma_buf(attach, thread, attach.sgt)
+        attach.sgt = None
+        if dmabuf.ops.unpin is not None:
+            dmabuf.ops.unpin(attach, thread)
+    dmabuf.attachments.remove(attach)
+    yield from dmabuf.resv.unlock(thread)
+    if dmabuf.ops.detach is not None:
+        dmabuf.ops.detach(dmabuf, thread, attach)
+
+
+@waiting_step
+def dma_buf_pin(attach: DmaBufAttachment, thread: Thread) -> Wait:
+    """Keep the buffer from moving, for a dynamic importer that cannot follow for now; 0 or an errno (dma-buf.c)."""
+    attach.dmabuf.resv.assert_held(thread)
+    pin = attach.dmabuf.ops.pin
+    return (yield from pin(attach, thread)) if pin is not None else 0
+
+
+@step
+def dma_buf_unpin(attach: DmaBufAttachment, thread: Thread) -> None:
+    """Let the buffer move again (dma-buf.c)."""
+    attach.dmabuf.resv.assert_held(thread)
+    if attach.dmabuf.ops.unpin is not None:
+        attach.dmabuf.ops.unpin(attach, thread)
+
+
+@waiting_step
+def dma_buf_map_attachment(attach: DmaBufAttachment, thread: Thread) -> Wait:
+    """Map the whole buffer for the attached device; return an SgTable or an errno (dma-buf.c).
+
+    The content may still be on its way: a dynamic importer waits for the reservation's fences before it uses it.
+    """
+    dmabuf = attach.dmabuf
+    dmabuf.resv.assert_held(thread)
+    if attach.sgt is not None:
+        return attach.sgt
+    if dmabuf.is_dynamic and not dmabuf.config_move_notify:
+        return (yield from _map_for_good(attach, thread))
+    return (yield from _map_dma_buf(attach, thread))
+
+
+@step
+def dma_buf_unmap_attachment(attach: DmaBufAttachment, thread: Thread, sgt: SgTable) -> None:
+    """Give a mapping up (dma-buf.c)."""
+    dmabuf = attach.dmabuf
+    dmabuf.resv.assert_held(thread)
+    if attach.sgt is sgt:
+        return
+    dmabuf.ops.unmap_dma_buf(attach, thread, sgt)
+    if dmabuf.is_dynamic and not dmabuf.config_move_notify:
+        dma_buf_unpin(attach, thread)
+
+
+@waiting_step
+def dma_buf_move_notify(dmabuf: DmaBuf, thread: Thread) -> Wait:
+    """Have every dynamic importer give its mapping up, before the buffer moves (dma-buf.c)."""
+    dmabuf.resv.assert_held(thread)
+    thread.note(bytes=dmabuf.size, value=len(dmabuf.attachments))
+    for attach in list(dmabuf.attachments):
+        if attach.importer_ops is not None and attach.importer_ops.move_notify is not None:
+            yield from attach.importer_ops.move_notify(attach, thread)
