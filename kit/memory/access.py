@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from kit.errors import DriverError
 from kit.memory.fault import handle_mm_fault
+from kit.memory.fault_file import driver_fault
+from kit.memory.fault_wp import driver_mkwrite
 from kit.memory.types import (
     FAULT_FLAG_ALLOW_RETRY,
     FAULT_FLAG_TRIED,
@@ -20,9 +23,13 @@ from kit.memory.types import (
     VM_ACCESS_FLAGS,
     VM_FAULT_ERROR,
     VM_FAULT_HWPOISON,
+    VM_FAULT_NOPAGE,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
+    VM_SHARED,
+    Bit,
+    Kind,
 )  # fmt: skip
 from kit.sim.trace import waiting_step
 
@@ -34,10 +41,14 @@ if TYPE_CHECKING:
 __all__ = ["do_user_addr_fault", "load", "read_bytes", "store", "touch", "write_bytes"]
 
 _CHUNK = 65536  # accesses looked up at once
-_AHEAD = 8192  # pages that one run of faults serves at most
+_WINDOW = 64  # accesses looked at together after a fault; twice as many while none is missing
+_AHEAD = 8192  # ... at most, and pages that one run of faults serves at most
 
 
-def touch(mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_] | bool) -> Wait:
+def touch(
+    mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_] | bool, touch_us: float = 0.0,
+    wrote: Callable[[NDArray[np.int64]], None] | None = None,
+) -> Wait:  # fmt: skip
     """Access pages in order from a CPU thread, taking every fault on the way.
 
     Parameters
@@ -45,35 +56,108 @@ def touch(mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.b
     pages : ndarray of int64, shape (n,)
         Virtual page numbers.
     writes : bool, or ndarray of bool, shape (n,)
+    touch_us : float
+        The program's own work on each access, microseconds.
+    wrote : callable
+        Told the pages of completed writes, at the latest before the next fault.
 
     Raises
     ------
     DriverError
         EFAULT with status SIGSEGV (no area there, or it does not allow the access) or SIGBUS; ENOMEM with status
-        OOM-kill when memory and swap are out.
+        OOM-kill when memory and swap are out. What a driver raises in a fault of its area passes through.
     """
     pages = np.asarray(pages, dtype=np.int64)
     writes = np.broadcast_to(np.asarray(writes, dtype=bool), pages.shape)
     for start in range(0, len(pages), _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        yield from _touch_chunk(mm, thread, pages[chunk], writes[chunk])
+        yield from _touch_chunk(mm, thread, pages[chunk], writes[chunk], touch_us, wrote)
 
 
-def _touch_chunk(mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_]) -> Wait:
+def _touch_chunk(
+    mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_], touch_us: float,
+    wrote: Callable[[NDArray[np.int64]], None] | None,
+) -> Wait:  # fmt: skip
+    table = mm.table
     need = np.where(writes, 2, 1).astype(np.uint8)
-    at = 0
+    all_write = bool(writes.all())
+    slots, made = table.walk(pages), table.made
+    at, noted, window = 0, 0, _WINDOW  # accesses made, those whose traces are in the entries, how many to look at
     while at < len(pages):
-        table = mm.table
-        slots = table.slots_of(pages[at:])
-        miss = table.rights[slots] < need[at:]
+        stop = min(at + window, len(pages))
+        miss = table.rights[slots[at:stop]] < need[at:stop]
         first = int(miss.argmax())
-        ran = first if miss[first] else len(slots)
+        ran = first if miss[first] else stop - at
         if ran:
-            table.young(slots[:ran], writes[at : at + ran])
+            if touch_us:
+                thread.charge(ran * touch_us)
             at += ran
-        if at < len(pages):
-            ahead = at + np.flatnonzero(miss[ran : ran + _AHEAD])
-            yield from do_user_addr_fault(mm, thread, pages[ahead], bool(writes[at]), writes[ahead])
+            window = min(2 * window, _AHEAD)
+        if noted < at and (at < stop or at == len(pages)):
+            used, where = slots[noted:at], pages[noted:at]
+            which = slice(None) if all_write else writes[noted:at]
+            table.young(used, used if all_write else used[which])
+            if wrote is not None:
+                wrote(where[which])
+            noted = at
+        if at < stop:
+            window = _WINDOW
+            yield from _fault(mm, thread, pages, writes, slots, need, at)
+            if table.made != made:
+                slots, made = table.walk(pages), table.made
+
+
+def _fault(
+    mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_], slots: NDArray[np.int64],
+    need: NDArray[np.uint8], at: int,
+) -> Wait:  # fmt: skip
+    """Take the fault of access `at`; outside of drivers' areas the missing pages that follow come with it."""
+    page, write = pages.item(at), writes.item(at)
+    vma = mm.find(page)
+    if vma is not None and vma.ops is not None and not access_error(vma, write):
+        yield from _driver_area_fault(mm, thread, page, write, slots.item(at))
+    else:
+        ahead = slice(at, at + _AHEAD)
+        some = at + np.flatnonzero(mm.table.rights[slots[ahead]] < need[ahead])
+        yield from do_user_addr_fault(mm, thread, pages[some], write, writes[some])
+
+
+def _driver_area_fault(mm: Mm, thread: Thread, page: int, write: bool, slot: int) -> Wait:
+    """`do_user_addr_fault` down to the driver's operation, for one page of a driver's area whose entry is at `slot`.
+
+    It records no step: such an area's faults are its driver's, from the first documented one on. The way down costs
+    what it does elsewhere.
+    """
+    flags = FAULT_FLAG_USER | FAULT_FLAG_ALLOW_RETRY | (FAULT_FLAG_WRITE if write else 0)
+    before, result = mm.faults, 0
+    yield from mm.mmap_lock.read_acquire(thread)
+    try:
+        vma = mm.find(page)
+        if vma is None or vma.ops is None:
+            return  # the area went while we waited for the lock: the access is tried again
+        if mm.table.kind.item(slot) == Kind.NONE:
+            mm.faults += 1
+            result = yield from driver_fault(vma, thread, page, flags)
+        else:
+            result = yield from _driver_entry_fault(vma, thread, page, flags)
+    finally:
+        if not result & VM_FAULT_RETRY:
+            yield from mm.mmap_lock.read_release(thread)
+    if mm.costs.fault_entry or mm.costs.handle_mm_fault:
+        thread.charge((mm.costs.fault_entry + mm.costs.handle_mm_fault) * (mm.faults - before))
+    if result & VM_FAULT_ERROR:
+        _fail(thread, page, result)
+
+
+def _driver_entry_fault(vma: Vma, thread: Thread, page: int, flags: int) -> Wait:
+    """The entry is there, but does not allow the access."""
+    bits = vma.mm.table.bits[vma.mm.table.slots_of(np.array([page]))].item()
+    if flags & FAULT_FLAG_WRITE and vma.flags & VM_SHARED and not bits & Bit.PROTNONE:
+        result: int = yield from driver_mkwrite(vma, thread, page, flags)
+        if result & (VM_FAULT_NOPAGE | VM_FAULT_ERROR | VM_FAULT_RETRY):
+            vma.mm.faults += 1
+            return result
+    return (yield from handle_mm_fault(vma, thread, page * PAGE, flags))
 
 
 @waiting_step

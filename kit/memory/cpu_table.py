@@ -30,6 +30,7 @@ class CpuTable(PageTable):
         self.leaf_level = np.zeros(1, dtype=np.uint8)
         self.number = np.full(1, -1, dtype=np.int64)  # leaf table number of each row; -1: free
         self.made = 0  # leaf tables made so far
+        self.huge = False  # whether there may be leaves above the lowest level
         self.reserved: set[int] = set()  # rows that stay although they are empty: a driver reads them in place
         self._free_rows: list[int] = []
         self._free_directories: dict[int, list[int]] = {}
@@ -50,6 +51,11 @@ class CpuTable(PageTable):
         """Return the row of leaf table `number`, -1 when it does not exist."""
         at = int(self._sorted[: self._count].searchsorted(number))
         return int(self._sorted_rows[at]) if at < self._count and self._sorted[at] == number else -1
+
+    def slot_of(self, page: int) -> int:
+        """Return the slot of a page, -1 where no table exists."""
+        row = self.row_of(page >> _SHIFT)
+        return row * _LEAF + (page & (_LEAF - 1)) if row >= 0 else -1
 
     def slots(self, first: int, count: int, create: bool = False) -> Slots:
         """Return the slots of `count` pages from `first`: a slice when rows are consecutive, else an array.
@@ -157,28 +163,31 @@ class CpuTable(PageTable):
         present = (np.asarray(kind) == Kind.PRESENT) & ((np.asarray(bits) & Bit.PROTNONE) == 0)
         self.rights[slots] = np.where(present, 1 + (np.asarray(bits) & Bit.WRITABLE), 0)
 
-    def young(self, slots: NDArray[np.int64], writes: NDArray[np.bool_]) -> None:
-        """What the hardware notes in entries that it used: accessed, and dirty where written."""
-        rows = slots >> _SHIFT
-        marks = np.where(writes, Bit.YOUNG | Bit.DIRTY, Bit.YOUNG).astype(np.uint8)
-        huge = self.leaf_level[rows] > 0
-        if huge.any():  # one entry for 512 pages
-            table = self.bits.reshape(-1, _LEAF)
-            used = np.zeros(len(self.leaf_level), dtype=np.uint8)
-            used[rows[huge]] = Bit.YOUNG
-            used[rows[huge & writes]] = Bit.YOUNG | Bit.DIRTY
-            some = np.flatnonzero(used)
-            some = some[table[some, 0] & used[some] != used[some]]
-            table[some] |= used[some, None]
-            slots, marks = slots[~huge], marks[~huge]
-        self.bits[slots] |= marks
+    def young(self, slots: NDArray[np.int64], written: NDArray[np.int64]) -> None:
+        """What the hardware notes in entries that it used: accessed, and dirty in those of them that were written."""
+        if written is not slots:
+            self._mark(slots, Bit.YOUNG)
+        self._mark(written, Bit.YOUNG | Bit.DIRTY)
+
+    def _mark(self, slots: NDArray[np.int64], bits: int) -> None:
+        if self.huge:
+            rows = slots >> _SHIFT
+            large = self.leaf_level[rows] > 0
+            if large.any():  # one entry for 512 pages
+                table, used = self.bits.reshape(-1, _LEAF), np.zeros(len(self.leaf_level), dtype=bool)
+                used[rows[large]] = True
+                some = np.flatnonzero(used)
+                some = some[table[some, 0] & bits != bits]
+                table[some] |= np.uint8(bits)
+                slots = slots[~large]
+        self.bits[slots] |= np.uint8(bits)
 
     # -- leaves and tables ----------------------------------------------------------------------------------------
 
     def set_huge(self, number: int, kind: int, bits: int, pfn: int, level: int = Leaf.PMD) -> None:
         """Make leaf table `number` one leaf entry for 512 pages with consecutive frames from `pfn`."""
         row = self._leaf_row(number)
-        self.leaf_level[row] = level
+        self.leaf_level[row], self.huge = level, True
         self.set_entries(slice(row * _LEAF, (row + 1) * _LEAF), kind, bits, np.arange(pfn, pfn + _LEAF))
 
     def split_leaf(self, row: int) -> None:

@@ -19,6 +19,7 @@ from kit.drivers.uvm.types import (
     VaSpace,
 )
 from kit.memory.pagemask import runs, selection
+from kit.memory.vm_insert import insert_run, zap_run
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -57,10 +58,10 @@ def block_unmap_cpu(block: VaBlock, thread: Thread, mask: int) -> None:
     """unmap_mapping_range per contiguous run; synchronous (uvm_va_block.c)."""
     va_space = block.range.va_space
     costs = va_space.gpu.costs
-    table, slot = va_space.mm.table, block.slot[CPU]
+    vma, slot = block.range.vma, block.slot[CPU]
     for first, count in runs(mask):
         thread.charge(costs.unmap_cpu_run + count * costs.unmap_cpu_page)
-        table.unmap(slot + first, count)
+        zap_run(vma, slot + first, count)
 
 
 @step
@@ -107,10 +108,9 @@ def block_map_cpu_to(block: VaBlock, thread: Thread, mask: int, prot: int) -> No
     """Insert CPU entries page by page, once the block's GPU work is over (uvm_va_block.c)."""
     va_space = block.range.va_space
     thread.now = max(thread.now, block.tracker)
-    right = 1 if prot == READ_ONLY else 2
-    table, slot, frames = va_space.mm.table, block.slot[CPU], block.frames[CPU]
+    vma, slot, write = block.range.vma, block.slot[CPU], prot > READ_ONLY
     for first, count in runs(mask):
-        table.map(slot + first, count, frames[first : first + count], right)
+        insert_run(vma, slot + first, count, block.frames_at(CPU, slice(first, first + count)), write)
     thread.charge(mask.bit_count() * va_space.gpu.costs.map_cpu_page)
 
 

@@ -32,8 +32,10 @@ from kit.flows.cuda_demand_paging.programs import PAGE, Accesses, program
 from kit.flows.cuda_demand_paging.result import integrity, metrics
 from kit.flows.documented import Documented
 from kit.flows.run import Allocation, Run
-from kit.memory.address_space import AddressSpace
-from kit.memory.frames import Frames
+from kit.memory.access import touch
+from kit.memory.costs import make_costs
+from kit.memory.mm import Mm
+from kit.memory.pages import PhysicalMemory
 from kit.sim.engine import Engine, Wait
 from kit.sim.machine import load_machine
 
@@ -66,8 +68,9 @@ class Session:
             self.engine, self.machine, self.module, self._gpu_memory(), parameters.payload_bytes,
             parameters.fault_buffer_entries,
         )  # fmt: skip
-        host = Frames("host memory", int(self.machine["host_memory_bytes"]) // PAGE, parameters.payload_bytes)
-        self.va_space = VaSpace(self.engine, self.module, AddressSpace(host), host, self.gpu)
+        frames = int(self.machine["host_memory_bytes"]) // PAGE
+        host = PhysicalMemory(self.engine, frames, payload_bytes=parameters.payload_bytes)
+        self.va_space = VaSpace(self.engine, self.module, Mm(host, self.engine, make_costs()), self.gpu)
         self.cpu = self.engine.thread("cpu")
         self.allocations: list[Allocation] = []
         self.stages: list[tuple[str, float, float]] = []
@@ -215,8 +218,8 @@ class Session:
         for at in range(0, len(accesses.page), max(step, 1)):
             part = slice(at, at + step)
             pages = accesses.page[part] + base
-            yield from self.va_space.mm.touch(
-                cpu, pages, accesses.write[part], self.gpu.costs.cpu_touch_page, self._wrote
+            yield from touch(
+                self.va_space.mm, cpu, pages, accesses.write[part], self.gpu.costs.cpu_touch_page, self._wrote
             )
             yield from cpu.sync()
 
