@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kit.errors import DriverError
 from kit.memory.fault import handle_mm_fault
-from kit.memory.fault_file import driver_fault
+from kit.memory.fault_file import finish_fault
 from kit.memory.fault_wp import driver_mkwrite
 from kit.memory.types import (
     FAULT_FLAG_ALLOW_RETRY,
@@ -30,6 +30,7 @@ from kit.memory.types import (
     VM_SHARED,
     Bit,
     Kind,
+    Vmf,
 )  # fmt: skip
 from kit.sim.trace import waiting_step
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["do_user_addr_fault", "load", "read_bytes", "store", "touch", "write_bytes"]
 
 _CHUNK = 65536  # accesses looked up at once
+_SERVED = VM_FAULT_ERROR | VM_FAULT_RETRY | VM_FAULT_NOPAGE
 _WINDOW = 64  # accesses looked at together after a fault; twice as many while none is missing
 _AHEAD = 8192  # ... at most, and pages that one run of faults serves at most
 
@@ -78,66 +80,60 @@ def _touch_chunk(
     mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_], touch_us: float,
     wrote: Callable[[NDArray[np.int64]], None] | None,
 ) -> Wait:  # fmt: skip
-    table = mm.table
+    table, count = mm.table, len(pages)
     need = np.where(writes, 2, 1).astype(np.uint8)
-    all_write = bool(writes.all())
-    slots, made = table.walk(pages), table.made
-    at, noted, window = 0, 0, _WINDOW  # accesses made, those whose traces are in the entries, how many to look at
-    while at < len(pages):
-        stop = min(at + window, len(pages))
+    slots, made, all_write = table.walk(pages), table.made, bool(writes.all())
+    at, noted, window = 0, 0, _WINDOW  # accesses made, those that entries and program know of, how many to look at
+    while at < count:
+        stop = min(at + window, count)
         miss = table.rights[slots[at:stop]] < need[at:stop]
         first = int(miss.argmax())
-        ran = first if miss[first] else stop - at
+        missing = miss.item(first)
+        ran = first if missing else stop - at
         if ran:
             if touch_us:
                 thread.charge(ran * touch_us)
             at += ran
             window = min(2 * window, _AHEAD)
-        if noted < at and (at < stop or at == len(pages)):
-            used, where = slots[noted:at], pages[noted:at]
-            which = slice(None) if all_write else writes[noted:at]
-            table.young(used, used if all_write else used[which])
+        if noted < at and (missing or at == count):
+            used, which = slots[noted:at], slice(noted, at)
+            table.young(used, used if all_write else used[writes[which]])
             if wrote is not None:
-                wrote(where[which])
+                wrote(pages[which] if all_write else pages[which][writes[which]])
             noted = at
-        if at < stop:
+        if missing:
             window = _WINDOW
-            yield from _fault(mm, thread, pages, writes, slots, need, at)
+            page, write = pages.item(at), writes.item(at)
+            vma = mm.find(page)
+            if vma is not None and vma.ops is not None and not access_error(vma, write):
+                yield from _driver_area_fault(vma, thread, page, write, slots.item(at))
+            else:
+                ahead = slice(at, at + _AHEAD)
+                some = at + np.flatnonzero(table.rights[slots[ahead]] < need[ahead])
+                yield from do_user_addr_fault(mm, thread, pages[some], write, writes[some])
             if table.made != made:
                 slots, made = table.walk(pages), table.made
 
 
-def _fault(
-    mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_], slots: NDArray[np.int64],
-    need: NDArray[np.uint8], at: int,
-) -> Wait:  # fmt: skip
-    """Take the fault of access `at`; outside of drivers' areas the missing pages that follow come with it."""
-    page, write = pages.item(at), writes.item(at)
-    vma = mm.find(page)
-    if vma is not None and vma.ops is not None and not access_error(vma, write):
-        yield from _driver_area_fault(mm, thread, page, write, slots.item(at))
-    else:
-        ahead = slice(at, at + _AHEAD)
-        some = at + np.flatnonzero(mm.table.rights[slots[ahead]] < need[ahead])
-        yield from do_user_addr_fault(mm, thread, pages[some], write, writes[some])
-
-
-def _driver_area_fault(mm: Mm, thread: Thread, page: int, write: bool, slot: int) -> Wait:
+def _driver_area_fault(vma: Vma, thread: Thread, page: int, write: bool, slot: int) -> Wait:
     """`do_user_addr_fault` down to the driver's operation, for one page of a driver's area whose entry is at `slot`.
 
     It records no step: such an area's faults are its driver's, from the first documented one on. The way down costs
     what it does elsewhere.
     """
-    flags = FAULT_FLAG_USER | FAULT_FLAG_ALLOW_RETRY | (FAULT_FLAG_WRITE if write else 0)
-    before, result = mm.faults, 0
+    mm, result = vma.mm, 0
+    before, areas = mm.faults, mm.changes
     yield from mm.mmap_lock.read_acquire(thread)
     try:
-        vma = mm.find(page)
-        if vma is None or vma.ops is None:
+        if mm.changes != areas and mm.find(page) is not vma:
             return  # the area went while we waited for the lock: the access is tried again
+        flags = FAULT_FLAG_USER | FAULT_FLAG_ALLOW_RETRY | (FAULT_FLAG_WRITE if write else 0)
         if mm.table.kind.item(slot) == Kind.NONE:
             mm.faults += 1
-            result = yield from driver_fault(vma, thread, page, flags)
+            vmf = Vmf(vma, page * PAGE, flags)
+            result = yield from vma.ops.fault(vmf, thread)  # __do_fault
+            if not result & _SERVED:
+                finish_fault(vmf, thread)
         else:
             result = yield from _driver_entry_fault(vma, thread, page, flags)
     finally:

@@ -60,7 +60,8 @@ def alloc_pages_exact(memory: PhysicalMemory, n: int) -> int | None:
     first = memory.pool.take_run(n)
     if first is not None:  # what was freed left no other state behind
         memory.refcount[first : first + n] = 1
-        memory.ensure(memory.pool.top)
+        if first + n > len(memory.payload):
+            memory.ensure(first + n)
     return first
 
 

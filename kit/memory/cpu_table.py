@@ -13,6 +13,7 @@ __all__ = ["CpuTable", "Slots"]
 Slots = slice | NDArray[np.int64]
 _LEAF = HPAGE_PMD_NR
 _SHIFT = 9
+_USED, _WRITTEN = np.uint8(Bit.YOUNG), np.uint8(Bit.YOUNG | Bit.DIRTY)
 
 
 class CpuTable(PageTable):
@@ -146,6 +147,11 @@ class CpuTable(PageTable):
         self.kind[slots], self.bits[slots], self.frame[slots] = kind, bits, frames
         self._set_rights(slots, kind, bits)
 
+    def set_present(self, first: int, stop: int, bits: int, frames: NDArray[np.int32]) -> None:
+        """`set_entries` for present entries of slots [first, stop) that are alike."""
+        self.kind[first:stop], self.bits[first:stop], self.frame[first:stop] = Kind.PRESENT, bits, frames
+        self.rights[first:stop] = 1 + (bits & Bit.WRITABLE)
+
     def set_bits(self, slots: Slots, bits: NDArray[np.integer] | int) -> None:
         """Replace the bits of entries, keeping kind and frame."""
         self.bits[slots] = bits
@@ -165,11 +171,13 @@ class CpuTable(PageTable):
 
     def young(self, slots: NDArray[np.int64], written: NDArray[np.int64]) -> None:
         """What the hardware notes in entries that it used: accessed, and dirty in those of them that were written."""
-        if written is not slots:
-            self._mark(slots, Bit.YOUNG)
-        self._mark(written, Bit.YOUNG | Bit.DIRTY)
+        if not self.huge and written is slots:
+            self.bits[slots] |= _WRITTEN
+            return
+        self._mark(slots, _USED)
+        self._mark(written, _WRITTEN)
 
-    def _mark(self, slots: NDArray[np.int64], bits: int) -> None:
+    def _mark(self, slots: NDArray[np.int64], bits: np.uint8) -> None:
         if self.huge:
             rows = slots >> _SHIFT
             large = self.leaf_level[rows] > 0
@@ -178,9 +186,9 @@ class CpuTable(PageTable):
                 used[rows[large]] = True
                 some = np.flatnonzero(used)
                 some = some[table[some, 0] & bits != bits]
-                table[some] |= np.uint8(bits)
+                table[some] |= bits
                 slots = slots[~large]
-        self.bits[slots] |= np.uint8(bits)
+        self.bits[slots] |= bits
 
     # -- leaves and tables ----------------------------------------------------------------------------------------
 
@@ -252,9 +260,10 @@ class CpuTable(PageTable):
         self._count += 1
 
     def _new_leaf(self) -> int:
-        if self._free_rows:
-            return self._free_rows.pop()
-        row = super()._new_leaf()
+        return self._free_rows.pop() if self._free_rows else super()._new_leaf()
+
+    def _room(self, rows: int) -> None:
+        super()._room(rows)
         short = len(self.rights) - len(self.kind)
         if short:
             self.kind = np.concatenate([self.kind, np.zeros(short, dtype=np.uint8)])
@@ -262,7 +271,6 @@ class CpuTable(PageTable):
             rows = short // _LEAF
             self.leaf_level = np.concatenate([self.leaf_level, np.zeros(rows, dtype=np.uint8)])
             self.number = np.concatenate([self.number, np.full(rows, -1, dtype=np.int64)])
-        return row
 
     def _detach(self, number: int) -> int:
         """Take a leaf table out of its directory, and the directories above it that this empties."""

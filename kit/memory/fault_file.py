@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kit.memory.vma import Vma
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["FAULT_AROUND_PAGES", "do_fault", "driver_fault", "map_page"]
+__all__ = ["FAULT_AROUND_PAGES", "do_fault", "finish_fault", "map_page"]
 
 FAULT_AROUND_PAGES = 16  # fault_around_bytes: 64 KiB
 
@@ -41,7 +41,7 @@ def do_fault(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -> 
     """Serve pages that have no entry yet in a mapping of a file or driver; returns VM_FAULT_*."""
     thread.note(va=int(pages[0]) * PAGE, pages=len(pages))
     if vma.ops is not None:
-        return (yield from _driver_faults(vma, thread, pages, flags))
+        return (yield from _driver_fault(vma, thread, pages, flags))
     if vma.file is None:
         return VM_FAULT_SIGBUS
     beyond = vma.index(int(pages[-1])) >= vma.file.pages
@@ -58,33 +58,30 @@ def do_fault(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -> 
     return result
 
 
-def _driver_faults(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -> Wait:
+def _driver_fault(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -> Wait:
     """One after the other: the driver may serve more than it was asked for."""
     table, result = vma.mm.table, 0
+    assert vma.ops is not None
     for page in pages.tolist():
         slot = table.slots_of(np.array([page]))
         if slot[0] >= 0 and table.kind[slot[0]] != Kind.NONE:
             continue
         vma.mm.count_faults(thread, 1)
-        served: int = yield from driver_fault(vma, thread, page, flags)
+        vmf = Vmf(vma, page * PAGE, flags)
+        served: int = yield from vma.ops.fault(vmf, thread)
         if served & (VM_FAULT_ERROR | VM_FAULT_RETRY):
             return result | served
-        result |= served
+        if not served & VM_FAULT_NOPAGE:
+            finish_fault(vmf, thread)
+        result |= served & ~VM_FAULT_NOPAGE
     return result
 
 
-def driver_fault(vma: Vma, thread: Thread, page: int, flags: int) -> Wait:
-    """Serve a page without an entry: the driver puts one in, or names the page to map (__do_fault); VM_FAULT_*."""
-    fault = getattr(vma.ops, "fault", None)
-    if fault is None:
-        return VM_FAULT_SIGBUS
-    vmf = Vmf(vma, page * PAGE, flags)
-    served: int = yield from fault(vmf, thread)
-    if not served & (VM_FAULT_ERROR | VM_FAULT_RETRY | VM_FAULT_NOPAGE):
-        pfn = np.array([vmf.page], dtype=np.int32)
-        map_page(vma, thread, np.array([page]), pfn, bool(flags & FAULT_FLAG_WRITE))
-        vma.mm.memory.put(vmf.page)  # the reference that the driver gave; the entry has its own
-    return served & ~VM_FAULT_NOPAGE
+def finish_fault(vmf: Vmf, thread: Thread) -> None:
+    """Map the page that a driver's `fault` has named."""
+    page, pfn = np.array([vmf.address // PAGE]), np.array([vmf.page], dtype=np.int32)
+    map_page(vmf.vma, thread, page, pfn, bool(vmf.flags & FAULT_FLAG_WRITE))
+    vmf.vma.mm.memory.put(vmf.page)  # the reference that the driver gave; the entry has its own
 
 
 @waiting_step

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["insert_run", "vm_insert_pages", "zap_run"]
 
+Frames = slice | NDArray[np.int32]
 _OPEN = Bit.YOUNG | Bit.WRITABLE
+_ONE = np.array(1, dtype=np.int32)  # an array: a number would be made one for each sum
 
 
 @step
@@ -42,40 +44,48 @@ def vm_insert_pages(vma: Vma, thread: Thread, page: int, pfns: NDArray[np.intege
     return 0
 
 
-def insert_run(vma: Vma, slot: int, count: int, pfns: slice | NDArray[np.integer], write: bool) -> None:
+def insert_run(vma: Vma, slot: int, count: int, pfns: Frames, write: bool) -> None:
     """`vm_insert_pages` for a driver that has reserved its area's rows and records steps of its own.
 
     Parameters
     ----------
     slot, count : int
-        The entries; what they map already gives way.
-    pfns : slice, or ndarray of int, shape (count,)
+        The entries, which are empty (`zap_run`).
+    pfns : slice, or ndarray of int32, shape (count,)
         Single pages of the driver's, each once.
     write : bool
         Whether they may be written.
     """
-    table, memory, entries = vma.mm.table, vma.mm.memory, slice(slot, slot + count)
-    if table.kind[entries].any():
-        zap_run(vma, slot, count)
-    memory.refcount[pfns] += 1
-    memory.mapcount[pfns] += 1
-    vma.mm.rss["file"] += count
-    frames = np.arange(pfns.start, pfns.stop, dtype=np.int32) if isinstance(pfns, slice) else pfns
-    table.set_entries(entries, Kind.PRESENT, _OPEN if write else Bit.YOUNG, frames)
+    mm, stop = vma.mm, slot + count
+    table, memory = mm.table, mm.memory
+    if isinstance(pfns, slice):
+        references, mappings = memory.refcount[pfns], memory.mapcount[pfns]
+        np.add(references, _ONE, references)
+        np.add(mappings, _ONE, mappings)
+        pfns = np.arange(pfns.start, pfns.stop, dtype=np.int32)
+    else:
+        memory.refcount[pfns] += 1
+        memory.mapcount[pfns] += 1
+    table.set_present(slot, stop, _OPEN if write else Bit.YOUNG, pfns)
+    mm.rss["file"] += count
 
 
-def zap_run(vma: Vma, slot: int, count: int) -> None:
-    """Remove entries made by `insert_run`, as far as they are there (unmap_mapping_range of one area)."""
+def zap_run(vma: Vma, slot: int, count: int, pfns: Frames | None = None) -> None:
+    """Remove entries made by `insert_run`, as far as they are there (unmap_mapping_range of one area).
+
+    Parameters
+    ----------
+    pfns : slice, or ndarray of int32, shape (count,), optional
+        What they map if all are there, when the driver knows it: a slice saves time.
+    """
     table, memory, entries = vma.mm.table, vma.mm.memory, slice(slot, slot + count)
-    pfns, there = table.frame[entries], table.kind[entries] != Kind.NONE
-    pfns = pfns.copy() if there.all() else pfns[there]
-    if not len(pfns):
-        return
+    there = np.count_nonzero(table.kind[entries])
+    if there < count or pfns is None:
+        pfns = table.frame[entries][table.kind[entries] != Kind.NONE]
     table.clear(entries)
-    vma.mm.rss["file"] -= len(pfns)
+    vma.mm.rss["file"] -= there
     memory.mapcount[pfns] -= 1
-    left = memory.refcount[pfns] - 1
-    if left.all():
-        memory.refcount[pfns] = left
-    else:  # the driver has let go of some before
-        memory.put(pfns)
+    memory.refcount[pfns] -= 1
+    if np.count_nonzero(memory.refcount[pfns]) < there:  # the driver has let go of some before
+        memory.refcount[pfns] += 1
+        memory.put(np.r_[pfns])

@@ -61,7 +61,7 @@ def block_unmap_cpu(block: VaBlock, thread: Thread, mask: int) -> None:
     vma, slot = block.range.vma, block.slot[CPU]
     for first, count in runs(mask):
         thread.charge(costs.unmap_cpu_run + count * costs.unmap_cpu_page)
-        zap_run(vma, slot + first, count)
+        zap_run(vma, slot + first, count, block.frames_at(CPU, slice(first, first + count)))
 
 
 @step
@@ -109,6 +109,10 @@ def block_map_cpu_to(block: VaBlock, thread: Thread, mask: int, prot: int) -> No
     va_space = block.range.va_space
     thread.now = max(thread.now, block.tracker)
     vma, slot, write = block.range.vma, block.slot[CPU], prot > READ_ONLY
+    lower = mask & block.pte[CPU][READ_ONLY]
+    if lower:  # an entry gives way to one with more rights
+        for first, count in runs(lower):
+            zap_run(vma, slot + first, count)
     for first, count in runs(mask):
         insert_run(vma, slot + first, count, block.frames_at(CPU, slice(first, first + count)), write)
     thread.charge(mask.bit_count() * va_space.gpu.costs.map_cpu_page)

@@ -72,10 +72,11 @@ def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: int) -> Non
     while todo:
         at = first_page(todo)
         first, count, each = _cpu_chunk(block, sizes, at, held, todo)
-        while count > va_space.host.free_pages and "+" in sizes:
+        frame = alloc_pages_exact(va_space.host, count)
+        while frame is None and "+" in sizes:
             sizes = sizes.rpartition("+")[0]  # no chunk of that size is left: a smaller one
             first, count, each = _cpu_chunk(block, sizes, at, held, todo)
-        frame = alloc_pages_exact(va_space.host, count)
+            frame = alloc_pages_exact(va_space.host, count)
         if frame is None:
             why = f"host memory has no {count} frames left"
             raise DriverError(errno.ENOMEM, "NV_ERR_NO_MEMORY", "alloc_pages", why)
