@@ -122,38 +122,45 @@ def _driver_area_fault(vma: Vma, thread: Thread, page: int, write: bool, slot: i
     what it does elsewhere.
     """
     mm, result = vma.mm, 0
-    before, areas = mm.faults, mm.changes
+    areas = mm.changes
     yield from mm.mmap_lock.read_acquire(thread)
     try:
         if mm.changes != areas and mm.find(page) is not vma:
             return  # the area went while we waited for the lock: the access is tried again
-        flags = FAULT_FLAG_USER | FAULT_FLAG_ALLOW_RETRY | (FAULT_FLAG_WRITE if write else 0)
+        vmf = Vmf(vma, page * PAGE, FAULT_FLAG_USER | FAULT_FLAG_ALLOW_RETRY | (FAULT_FLAG_WRITE if write else 0))
         if mm.table.kind.item(slot) == Kind.NONE:
-            mm.faults += 1
-            vmf = Vmf(vma, page * PAGE, flags)
-            result = yield from vma.ops.fault(vmf, thread)  # __do_fault
+            _count(mm, thread)
+            fault = getattr(vma.ops, "fault", None)
+            result = (yield from fault(vmf, thread)) if fault is not None else VM_FAULT_SIGBUS  # __do_fault
             if not result & _SERVED:
                 finish_fault(vmf, thread)
         else:
-            result = yield from _driver_entry_fault(vma, thread, page, flags)
+            result = yield from _driver_entry_fault(vmf, thread)
     finally:
         if not result & VM_FAULT_RETRY:
             yield from mm.mmap_lock.read_release(thread)
-    if mm.costs.fault_entry or mm.costs.handle_mm_fault:
-        thread.charge((mm.costs.fault_entry + mm.costs.handle_mm_fault) * (mm.faults - before))
+    if mm.costs.fault_entry:
+        thread.charge(mm.costs.fault_entry)
     if result & VM_FAULT_ERROR:
         _fail(thread, page, result)
 
 
-def _driver_entry_fault(vma: Vma, thread: Thread, page: int, flags: int) -> Wait:
-    """The entry is there, but does not allow the access."""
-    bits = vma.mm.table.bits[vma.mm.table.slots_of(np.array([page]))].item()
-    if flags & FAULT_FLAG_WRITE and vma.flags & VM_SHARED and not bits & Bit.PROTNONE:
-        result: int = yield from driver_mkwrite(vma, thread, page, flags)
-        if result & (VM_FAULT_NOPAGE | VM_FAULT_ERROR | VM_FAULT_RETRY):
-            vma.mm.faults += 1
+def _driver_entry_fault(vmf: Vmf, thread: Thread) -> Wait:
+    """The entry is there, but does not allow the access: a write to a shared area is the driver's to judge."""
+    vma, table = vmf.vma, vmf.vma.mm.table
+    bits = table.bits.item(table.slot_of(vmf.address // PAGE))
+    if vmf.flags & FAULT_FLAG_WRITE and vma.flags & VM_SHARED and not bits & Bit.PROTNONE:
+        result: int = yield from driver_mkwrite(vmf, thread)
+        if result & _SERVED:
+            _count(vma.mm, thread)
             return result
-    return (yield from handle_mm_fault(vma, thread, page * PAGE, flags))
+    return (yield from handle_mm_fault(vma, thread, vmf.address, vmf.flags))
+
+
+def _count(mm: Mm, thread: Thread) -> None:
+    mm.faults += 1
+    if mm.costs.handle_mm_fault:  # a driver's flow may pay for the whole way down itself
+        thread.charge(mm.costs.handle_mm_fault)
 
 
 @waiting_step

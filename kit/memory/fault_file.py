@@ -40,7 +40,7 @@ FAULT_AROUND_PAGES = 16  # fault_around_bytes: 64 KiB
 def do_fault(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -> Wait:
     """Serve pages that have no entry yet in a mapping of a file or driver; returns VM_FAULT_*."""
     thread.note(va=int(pages[0]) * PAGE, pages=len(pages))
-    if vma.ops is not None:
+    if hasattr(vma.ops, "fault"):
         return (yield from _driver_fault(vma, thread, pages, flags))
     if vma.file is None:
         return VM_FAULT_SIGBUS

@@ -82,31 +82,33 @@ def do_wp_page(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -
 
 def _wp_page_shared(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -> Wait:
     """wp_page_shared: the entries become writable, unless a driver wants to see to it; returns VM_FAULT_*."""
-    table, memory, mkwrite = vma.mm.table, vma.mm.memory, getattr(vma.ops, "page_mkwrite", None)
-    for page in pages.tolist() if mkwrite is not None else []:
-        served = yield from driver_mkwrite(vma, thread, page, flags)
+    table, memory = vma.mm.table, vma.mm.memory
+    for page in pages.tolist() if hasattr(vma.ops, "page_mkwrite") else []:
+        if table.rights.item(table.slot_of(page)) != 1:
+            continue  # the driver has served it together with another one
+        served: int = yield from driver_mkwrite(Vmf(vma, page * PAGE, flags), thread)
         if served & (VM_FAULT_ERROR | VM_FAULT_RETRY):
             return served
         if served & VM_FAULT_NOPAGE:
             vma.mm.count_faults(thread, 1)
             pages = pages[pages != page]
     slots = table.slots_of(pages)
-    slots = slots[(table.kind[slots] == Kind.PRESENT) & (slots >= 0)]
+    slots = slots[(table.kind[slots] == Kind.PRESENT) & ((table.bits[slots] & Bit.WRITABLE) == 0)]
     _reuse(vma, thread, slots)
     if vma.file is not None:
         memory.flags[memory.head(table.frame[slots[(table.bits[slots] & Bit.SPECIAL) == 0]])] |= PG.DIRTY
     return 0
 
 
-def driver_mkwrite(vma: Vma, thread: Thread, page: int, flags: int) -> Wait:
+def driver_mkwrite(vmf: Vmf, thread: Thread) -> Wait:
     """Tell a driver of a write to an entry that is there but read-only (do_page_mkwrite); returns VM_FAULT_*.
 
     With VM_FAULT_NOPAGE the driver has seen to the entry, and the access is tried again.
     """
-    mkwrite = getattr(vma.ops, "page_mkwrite", None)
+    mkwrite = getattr(vmf.vma.ops, "page_mkwrite", None)
     if mkwrite is None:
         return 0
-    vmf = Vmf(vma, page * PAGE, flags | FAULT_FLAG_WRITE | FAULT_FLAG_MKWRITE)
+    vmf.flags |= FAULT_FLAG_WRITE | FAULT_FLAG_MKWRITE
     return (yield from mkwrite(vmf, thread))
 
 

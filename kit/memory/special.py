@@ -1,4 +1,4 @@
-"""Areas of drivers: how they come, what is put into them that is no memory, and its end (mm/mmap.c, mm/memory.c @ 7.0)."""
+"""Areas of drivers: how they come, and what is put into them that is no memory (mm/mmap.c, mm/memory.c @ 7.0)."""
 
 from __future__ import annotations
 

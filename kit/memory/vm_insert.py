@@ -79,7 +79,7 @@ def zap_run(vma: Vma, slot: int, count: int, pfns: Frames | None = None) -> None
         What they map if all are there, when the driver knows it: a slice saves time.
     """
     table, memory, entries = vma.mm.table, vma.mm.memory, slice(slot, slot + count)
-    there = np.count_nonzero(table.kind[entries])
+    there = int(np.count_nonzero(table.kind[entries]))
     if there < count or pfns is None:
         pfns = table.frame[entries][table.kind[entries] != Kind.NONE]
     table.clear(entries)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "GPU",
-    "MANAGED_BASE", "PAGE", "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC", "REQUIRED_PROT", "WRITE",
-    "MoreProcessingRequired", "Policy", "VaBlock", "VaRange", "VaSpace",
+    "MANAGED_BASE", "PAGE", "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC", "REQUIRED_PROT",
+    "WRITE", "MoreProcessingRequired", "Policy", "VaBlock", "VaRange", "VaSpace",
 ]  # fmt: skip
 
 PAGE = 4096
