@@ -152,6 +152,11 @@ class CpuTable(PageTable):
         self.kind[first:stop], self.bits[first:stop], self.frame[first:stop] = Kind.PRESENT, bits, frames
         self.rights[first:stop] = 1 + (bits & Bit.WRITABLE)
 
+    def clear_run(self, first: int, stop: int) -> None:
+        """`clear` for slots [first, stop)."""
+        self.kind[first:stop] = self.bits[first:stop] = self.rights[first:stop] = 0
+        self.frame[first:stop] = -1
+
     def set_bits(self, slots: Slots, bits: NDArray[np.integer] | int) -> None:
         """Replace the bits of entries, keeping kind and frame."""
         self.bits[slots] = bits

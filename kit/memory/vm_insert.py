@@ -76,16 +76,23 @@ def zap_run(vma: Vma, slot: int, count: int, pfns: Frames | None = None) -> None
     Parameters
     ----------
     pfns : slice, or ndarray of int32, shape (count,), optional
-        What they map if all are there, when the driver knows it: a slice saves time.
+        What they map if they are all there: a slice saves time.
     """
-    table, memory, entries = vma.mm.table, vma.mm.memory, slice(slot, slot + count)
-    there = int(np.count_nonzero(table.kind[entries]))
-    if there < count or pfns is None:
-        pfns = table.frame[entries][table.kind[entries] != Kind.NONE]
-    table.clear(entries)
-    vma.mm.rss["file"] -= there
-    memory.mapcount[pfns] -= 1
-    memory.refcount[pfns] -= 1
-    if np.count_nonzero(memory.refcount[pfns]) < there:  # the driver has let go of some before
+    mm, stop = vma.mm, slot + count
+    table, memory = mm.table, mm.memory
+    there = int(np.count_nonzero(table.kind[slot:stop]))
+    if there < count or not isinstance(pfns, slice):
+        pfns = table.frame[slot:stop][table.kind[slot:stop] != Kind.NONE]
+    table.clear_run(slot, stop)
+    mm.rss["file"] -= there
+    if isinstance(pfns, slice):
+        references, mappings = memory.refcount[pfns], memory.mapcount[pfns]
+        np.subtract(references, _ONE, references)
+        np.subtract(mappings, _ONE, mappings)
+    else:
+        memory.mapcount[pfns] -= 1
+        memory.refcount[pfns] -= 1
+        references = memory.refcount[pfns]
+    if np.count_nonzero(references) < there:  # the driver has let go of some before
         memory.refcount[pfns] += 1
         memory.put(np.r_[pfns])
