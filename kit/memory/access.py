@@ -83,10 +83,12 @@ def _touch_chunk(
     table, count = mm.table, len(pages)
     need = np.where(writes, 2, 1).astype(np.uint8)
     slots, made, all_write = table.walk(pages), table.made, bool(writes.all())
+    straight = _straight(slots)
     at, noted, window = 0, 0, _WINDOW  # accesses made, those that entries and program know of, how many to look at
     while at < count:
         stop = min(at + window, count)
-        miss = table.rights[slots[at:stop]] < need[at:stop]
+        look = slots[at:stop] if straight < 0 else slice(straight + at, straight + stop)
+        miss = table.rights[look] < need[at:stop]
         first = int(miss.argmax())
         missing = miss.item(first)
         ran = first if missing else stop - at
@@ -96,10 +98,12 @@ def _touch_chunk(
             at += ran
             window = min(2 * window, _AHEAD)
         if noted < at and (missing or at == count):
-            used, which = slots[noted:at], slice(noted, at)
-            table.young(used, used if all_write else used[writes[which]])
+            done = slice(noted, at)
+            used = slots[done] if straight < 0 else slice(straight + noted, straight + at)
+            which = slice(None) if all_write else np.flatnonzero(writes[done])
+            table.young(used, used if all_write else slots[done][which])
             if wrote is not None:
-                wrote(pages[which] if all_write else pages[which][writes[which]])
+                wrote(pages[done][which])
             noted = at
         if missing:
             window = _WINDOW
@@ -113,6 +117,15 @@ def _touch_chunk(
                 yield from do_user_addr_fault(mm, thread, pages[some], write, writes[some])
             if table.made != made:
                 slots, made = table.walk(pages), table.made
+                straight = _straight(slots)
+
+
+def _straight(slots: NDArray[np.int64]) -> int:
+    """Return the first slot where the others follow it one by one, -1 where they do not: a slice is no gather."""
+    first = slots.item(0)
+    if first < 0 or slots.item(-1) - first != len(slots) - 1 or (slots[1:] - slots[:-1] != 1).any():
+        return -1
+    return first
 
 
 def _driver_area_fault(vma: Vma, thread: Thread, page: int, write: bool, slot: int) -> Wait:

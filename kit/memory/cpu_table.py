@@ -13,7 +13,7 @@ __all__ = ["CpuTable", "Slots"]
 Slots = slice | NDArray[np.int64]
 _LEAF = HPAGE_PMD_NR
 _SHIFT = 9
-_USED, _WRITTEN = np.uint8(Bit.YOUNG), np.uint8(Bit.YOUNG | Bit.DIRTY)
+_USED, _WRITTEN = (np.array(bits, dtype=np.uint8) for bits in (Bit.YOUNG, Bit.YOUNG | Bit.DIRTY))
 
 
 class CpuTable(PageTable):
@@ -174,16 +174,15 @@ class CpuTable(PageTable):
         present = (np.asarray(kind) == Kind.PRESENT) & ((np.asarray(bits) & Bit.PROTNONE) == 0)
         self.rights[slots] = np.where(present, 1 + (np.asarray(bits) & Bit.WRITABLE), 0)
 
-    def young(self, slots: NDArray[np.int64], written: NDArray[np.int64]) -> None:
+    def young(self, slots: Slots, written: Slots) -> None:
         """What the hardware notes in entries that it used: accessed, and dirty in those of them that were written."""
-        if not self.huge and written is slots:
-            self.bits[slots] |= _WRITTEN
-            return
-        self._mark(slots, _USED)
+        if written is not slots:
+            self._mark(slots, _USED)
         self._mark(written, _WRITTEN)
 
-    def _mark(self, slots: NDArray[np.int64], bits: np.uint8) -> None:
+    def _mark(self, slots: Slots, bits: NDArray[np.uint8]) -> None:
         if self.huge:
+            slots = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
             rows = slots >> _SHIFT
             large = self.leaf_level[rows] > 0
             if large.any():  # one entry for 512 pages
@@ -193,7 +192,11 @@ class CpuTable(PageTable):
                 some = some[table[some, 0] & bits != bits]
                 table[some] |= bits
                 slots = slots[~large]
-        self.bits[slots] |= bits
+        if isinstance(slots, slice):
+            marked = self.bits[slots]
+            np.bitwise_or(marked, bits, marked)
+        else:
+            self.bits[slots] |= bits
 
     # -- leaves and tables ----------------------------------------------------------------------------------------
 

@@ -170,8 +170,10 @@ class VaSpace:
     def slots(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the GPU page table's slot of each page; within one range that is an addition."""
         home = self.find(int(pages[0]))
-        if home is not None and home.first <= pages.min() and pages.max() < home.end:
-            return pages + (home.slot - home.first)
+        if home is not None:
+            within = pages - home.first
+            if within.view(np.uint64).max() < home.pages:  # a page before the range is a large number
+                return within + home.slot
         return self.gpu.table.walk(pages)
 
     def accessible(self, processor: int, location: int) -> bool:
