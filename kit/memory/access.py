@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from kit.errors import DriverError
 from kit.memory.fault import handle_mm_fault
-from kit.memory.fault_file import finish_fault
-from kit.memory.fault_wp import driver_mkwrite
+from kit.memory.fault_driver import driver_area_fault
 from kit.memory.types import (
     FAULT_FLAG_ALLOW_RETRY,
     FAULT_FLAG_TRIED,
@@ -23,14 +22,9 @@ from kit.memory.types import (
     VM_ACCESS_FLAGS,
     VM_FAULT_ERROR,
     VM_FAULT_HWPOISON,
-    VM_FAULT_NOPAGE,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
-    VM_SHARED,
-    Bit,
-    Kind,
-    Vmf,
 )  # fmt: skip
 from kit.sim.trace import waiting_step
 
@@ -42,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["do_user_addr_fault", "load", "read_bytes", "store", "touch", "write_bytes"]
 
 _CHUNK = 65536  # accesses looked up at once
-_SERVED = VM_FAULT_ERROR | VM_FAULT_RETRY | VM_FAULT_NOPAGE
 _WINDOW = 64  # accesses looked at together after a fault; twice as many while none is missing
 _AHEAD = 8192  # ... at most, and pages that one run of faults serves at most
 
@@ -110,7 +103,9 @@ def _touch_chunk(
             page, write = pages.item(at), writes.item(at)
             vma = mm.find(page)
             if vma is not None and vma.ops is not None and not access_error(vma, write):
-                yield from _driver_area_fault(vma, thread, page, write, slots.item(at))
+                result: int = yield from driver_area_fault(vma, thread, page, write, slots.item(at))
+                if result & VM_FAULT_ERROR:
+                    _fail(thread, page, result)
             else:
                 ahead = slice(at, at + _AHEAD)
                 some = at + np.flatnonzero(table.rights[slots[ahead]] < need[ahead])
@@ -126,54 +121,6 @@ def _straight(slots: NDArray[np.int64]) -> int:
     if first < 0 or slots.item(-1) - first != len(slots) - 1 or (slots[1:] - slots[:-1] != 1).any():
         return -1
     return first
-
-
-def _driver_area_fault(vma: Vma, thread: Thread, page: int, write: bool, slot: int) -> Wait:
-    """`do_user_addr_fault` down to the driver's operation, for one page of a driver's area whose entry is at `slot`.
-
-    It records no step: such an area's faults are its driver's, from the first documented one on. The way down costs
-    what it does elsewhere.
-    """
-    mm, result = vma.mm, 0
-    areas = mm.changes
-    yield from mm.mmap_lock.read_acquire(thread)
-    try:
-        if mm.changes != areas and mm.find(page) is not vma:
-            return  # the area went while we waited for the lock: the access is tried again
-        vmf = Vmf(vma, page * PAGE, FAULT_FLAG_USER | FAULT_FLAG_ALLOW_RETRY | (FAULT_FLAG_WRITE if write else 0))
-        if mm.table.kind.item(slot) == Kind.NONE:
-            _count(mm, thread)
-            fault = getattr(vma.ops, "fault", None)
-            result = (yield from fault(vmf, thread)) if fault is not None else VM_FAULT_SIGBUS  # __do_fault
-            if not result & _SERVED:
-                finish_fault(vmf, thread)
-        else:
-            result = yield from _driver_entry_fault(vmf, thread)
-    finally:
-        if not result & VM_FAULT_RETRY:
-            yield from mm.mmap_lock.read_release(thread)
-    if mm.costs.fault_entry:
-        thread.charge(mm.costs.fault_entry)
-    if result & VM_FAULT_ERROR:
-        _fail(thread, page, result)
-
-
-def _driver_entry_fault(vmf: Vmf, thread: Thread) -> Wait:
-    """The entry is there, but does not allow the access: a write to a shared area is the driver's to judge."""
-    vma, table = vmf.vma, vmf.vma.mm.table
-    bits = table.bits.item(table.slot_of(vmf.address // PAGE))
-    if vmf.flags & FAULT_FLAG_WRITE and vma.flags & VM_SHARED and not bits & Bit.PROTNONE:
-        result: int = yield from driver_mkwrite(vmf, thread)
-        if result & _SERVED:
-            _count(vma.mm, thread)
-            return result
-    return (yield from handle_mm_fault(vma, thread, vmf.address, vmf.flags))
-
-
-def _count(mm: Mm, thread: Thread) -> None:
-    mm.faults += 1
-    if mm.costs.handle_mm_fault:  # a driver's flow may pay for the whole way down itself
-        thread.charge(mm.costs.handle_mm_fault)
 
 
 @waiting_step
