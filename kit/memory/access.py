@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from kit.errors import DriverError
 from kit.memory.fault import handle_mm_fault
+from kit.memory.fault_driver import driver_area_fault
 from kit.memory.types import (
     FAULT_FLAG_ALLOW_RETRY,
     FAULT_FLAG_TRIED,
@@ -34,10 +36,14 @@ if TYPE_CHECKING:
 __all__ = ["do_user_addr_fault", "load", "read_bytes", "store", "touch", "write_bytes"]
 
 _CHUNK = 65536  # accesses looked up at once
-_AHEAD = 8192  # pages that one run of faults serves at most
+_WINDOW = 64  # accesses looked at together after a fault; twice as many while none is missing
+_AHEAD = 8192  # ... at most, and pages that one run of faults serves at most
 
 
-def touch(mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_] | bool) -> Wait:
+def touch(
+    mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_] | bool, touch_us: float = 0.0,
+    wrote: Callable[[NDArray[np.int64]], None] | None = None,
+) -> Wait:  # fmt: skip
     """Access pages in order from a CPU thread, taking every fault on the way.
 
     Parameters
@@ -45,35 +51,76 @@ def touch(mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.b
     pages : ndarray of int64, shape (n,)
         Virtual page numbers.
     writes : bool, or ndarray of bool, shape (n,)
+    touch_us : float
+        The program's own work on each access, microseconds.
+    wrote : callable
+        Told the pages of completed writes, at the latest before the next fault.
 
     Raises
     ------
     DriverError
         EFAULT with status SIGSEGV (no area there, or it does not allow the access) or SIGBUS; ENOMEM with status
-        OOM-kill when memory and swap are out.
+        OOM-kill when memory and swap are out. What a driver raises in a fault of its area passes through.
     """
     pages = np.asarray(pages, dtype=np.int64)
     writes = np.broadcast_to(np.asarray(writes, dtype=bool), pages.shape)
     for start in range(0, len(pages), _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        yield from _touch_chunk(mm, thread, pages[chunk], writes[chunk])
+        yield from _touch_chunk(mm, thread, pages[chunk], writes[chunk], touch_us, wrote)
 
 
-def _touch_chunk(mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_]) -> Wait:
+def _touch_chunk(
+    mm: Mm, thread: Thread, pages: NDArray[np.int64], writes: NDArray[np.bool_], touch_us: float,
+    wrote: Callable[[NDArray[np.int64]], None] | None,
+) -> Wait:  # fmt: skip
+    table, count = mm.table, len(pages)
     need = np.where(writes, 2, 1).astype(np.uint8)
-    at = 0
-    while at < len(pages):
-        table = mm.table
-        slots = table.slots_of(pages[at:])
-        miss = table.rights[slots] < need[at:]
+    slots, made, all_write = table.walk(pages), table.made, bool(writes.all())
+    straight = _straight(slots)
+    at, noted, window = 0, 0, _WINDOW  # accesses made, those that entries and program know of, how many to look at
+    while at < count:
+        stop = min(at + window, count)
+        look = slots[at:stop] if straight < 0 else slice(straight + at, straight + stop)
+        miss = table.rights[look] < need[at:stop]
         first = int(miss.argmax())
-        ran = first if miss[first] else len(slots)
+        missing = miss.item(first)
+        ran = first if missing else stop - at
         if ran:
-            table.young(slots[:ran], writes[at : at + ran])
+            if touch_us:
+                thread.charge(ran * touch_us)
             at += ran
-        if at < len(pages):
-            ahead = at + np.flatnonzero(miss[ran : ran + _AHEAD])
-            yield from do_user_addr_fault(mm, thread, pages[ahead], bool(writes[at]), writes[ahead])
+            window = min(2 * window, _AHEAD)
+        if noted < at and (missing or at == count):
+            done = slice(noted, at)
+            used = slots[done] if straight < 0 else slice(straight + noted, straight + at)
+            which = slice(None) if all_write else np.flatnonzero(writes[done])
+            table.young(used, used if all_write else slots[done][which])
+            if wrote is not None:
+                wrote(pages[done][which])
+            noted = at
+        if missing:
+            window = _WINDOW
+            page, write = pages.item(at), writes.item(at)
+            vma = mm.find(page)
+            if vma is not None and vma.ops is not None and not access_error(vma, write):
+                result: int = yield from driver_area_fault(vma, thread, page, write, slots.item(at))
+                if result & VM_FAULT_ERROR:
+                    _fail(thread, page, result)
+            else:
+                ahead = slice(at, at + _AHEAD)
+                some = at + np.flatnonzero(table.rights[slots[ahead]] < need[ahead])
+                yield from do_user_addr_fault(mm, thread, pages[some], write, writes[some])
+            if table.made != made:
+                slots, made = table.walk(pages), table.made
+                straight = _straight(slots)
+
+
+def _straight(slots: NDArray[np.int64]) -> int:
+    """Return the first slot where the others follow it one by one, -1 where they do not: a slice is no gather."""
+    first = slots.item(0)
+    if first < 0 or slots.item(-1) - first != len(slots) - 1 or (slots[1:] - slots[:-1] != 1).any():
+        return -1
+    return first
 
 
 @waiting_step

@@ -12,9 +12,10 @@ from kit.memory.reclaim import try_to_free_pages
 
 if TYPE_CHECKING:
     from kit.memory.mm import Mm
+    from kit.memory.pages import PhysicalMemory
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["alloc_folios", "alloc_huge_folio", "portions"]
+__all__ = ["alloc_folios", "alloc_huge_folio", "alloc_pages_exact", "free_pages_exact", "portions"]
 
 _PORTION = 512  # pages taken at a time when memory is nearly out
 
@@ -49,3 +50,26 @@ def portions(mm: Mm, pages: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     size = max(1, min(_PORTION, mm.memory.system_frames // 8))
     for at in range(0, len(pages), size):
         yield pages[at : at + size]
+
+
+def alloc_pages_exact(memory: PhysicalMemory, n: int) -> int | None:
+    """Take `n` single pages in a row for a driver, refcount 1 each, content undefined; return the first.
+
+    None when no `n` free pages are in one piece; nothing is reclaimed for them.
+    """
+    first = memory.pool.take_run(n)
+    if first is not None:  # what was freed left no other state behind
+        memory.refcount[first : first + n] = 1
+        if first + n > len(memory.payload):
+            memory.ensure(first + n)
+    return first
+
+
+def free_pages_exact(memory: PhysicalMemory, first: int, n: int) -> None:
+    """Drop a driver's references on `n` pages in a row; pages that somebody else holds stay until he lets go."""
+    pages = slice(first, first + n)
+    if (memory.refcount[pages] != 1).any() or memory.flags[pages].any():
+        memory.put(np.arange(first, first + n))
+        return
+    memory.refcount[pages] = 0
+    memory.pool.give_run(first, n)

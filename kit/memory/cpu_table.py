@@ -13,6 +13,7 @@ __all__ = ["CpuTable", "Slots"]
 Slots = slice | NDArray[np.int64]
 _LEAF = HPAGE_PMD_NR
 _SHIFT = 9
+_USED, _WRITTEN = (np.array(bits, dtype=np.uint8) for bits in (Bit.YOUNG, Bit.YOUNG | Bit.DIRTY))
 
 
 class CpuTable(PageTable):
@@ -30,6 +31,7 @@ class CpuTable(PageTable):
         self.leaf_level = np.zeros(1, dtype=np.uint8)
         self.number = np.full(1, -1, dtype=np.int64)  # leaf table number of each row; -1: free
         self.made = 0  # leaf tables made so far
+        self.huge = False  # whether there may be leaves above the lowest level
         self.reserved: set[int] = set()  # rows that stay although they are empty: a driver reads them in place
         self._free_rows: list[int] = []
         self._free_directories: dict[int, list[int]] = {}
@@ -50,6 +52,11 @@ class CpuTable(PageTable):
         """Return the row of leaf table `number`, -1 when it does not exist."""
         at = int(self._sorted[: self._count].searchsorted(number))
         return int(self._sorted_rows[at]) if at < self._count and self._sorted[at] == number else -1
+
+    def slot_of(self, page: int) -> int:
+        """Return the slot of a page, -1 where no table exists."""
+        row = self.row_of(page >> _SHIFT)
+        return row * _LEAF + (page & (_LEAF - 1)) if row >= 0 else -1
 
     def slots(self, first: int, count: int, create: bool = False) -> Slots:
         """Return the slots of `count` pages from `first`: a slice when rows are consecutive, else an array.
@@ -140,6 +147,16 @@ class CpuTable(PageTable):
         self.kind[slots], self.bits[slots], self.frame[slots] = kind, bits, frames
         self._set_rights(slots, kind, bits)
 
+    def set_present(self, first: int, stop: int, bits: int, frames: NDArray[np.int32]) -> None:
+        """`set_entries` for present entries of slots [first, stop) that are alike."""
+        self.kind[first:stop], self.bits[first:stop], self.frame[first:stop] = Kind.PRESENT, bits, frames
+        self.rights[first:stop] = 1 + (bits & Bit.WRITABLE)
+
+    def clear_run(self, first: int, stop: int) -> None:
+        """`clear` for slots [first, stop)."""
+        self.kind[first:stop] = self.bits[first:stop] = self.rights[first:stop] = 0
+        self.frame[first:stop] = -1
+
     def set_bits(self, slots: Slots, bits: NDArray[np.integer] | int) -> None:
         """Replace the bits of entries, keeping kind and frame."""
         self.bits[slots] = bits
@@ -157,28 +174,36 @@ class CpuTable(PageTable):
         present = (np.asarray(kind) == Kind.PRESENT) & ((np.asarray(bits) & Bit.PROTNONE) == 0)
         self.rights[slots] = np.where(present, 1 + (np.asarray(bits) & Bit.WRITABLE), 0)
 
-    def young(self, slots: NDArray[np.int64], writes: NDArray[np.bool_]) -> None:
-        """What the hardware notes in entries that it used: accessed, and dirty where written."""
-        rows = slots >> _SHIFT
-        marks = np.where(writes, Bit.YOUNG | Bit.DIRTY, Bit.YOUNG).astype(np.uint8)
-        huge = self.leaf_level[rows] > 0
-        if huge.any():  # one entry for 512 pages
-            table = self.bits.reshape(-1, _LEAF)
-            used = np.zeros(len(self.leaf_level), dtype=np.uint8)
-            used[rows[huge]] = Bit.YOUNG
-            used[rows[huge & writes]] = Bit.YOUNG | Bit.DIRTY
-            some = np.flatnonzero(used)
-            some = some[table[some, 0] & used[some] != used[some]]
-            table[some] |= used[some, None]
-            slots, marks = slots[~huge], marks[~huge]
-        self.bits[slots] |= marks
+    def young(self, slots: Slots, written: Slots) -> None:
+        """What the hardware notes in entries that it used: accessed, and dirty in those of them that were written."""
+        if written is not slots:
+            self._mark(slots, _USED)
+        self._mark(written, _WRITTEN)
+
+    def _mark(self, slots: Slots, bits: NDArray[np.uint8]) -> None:
+        if self.huge:
+            slots = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+            rows = slots >> _SHIFT
+            large = self.leaf_level[rows] > 0
+            if large.any():  # one entry for 512 pages
+                table, used = self.bits.reshape(-1, _LEAF), np.zeros(len(self.leaf_level), dtype=bool)
+                used[rows[large]] = True
+                some = np.flatnonzero(used)
+                some = some[table[some, 0] & bits != bits]
+                table[some] |= bits
+                slots = slots[~large]
+        if isinstance(slots, slice):
+            marked = self.bits[slots]
+            np.bitwise_or(marked, bits, marked)
+        else:
+            self.bits[slots] |= bits
 
     # -- leaves and tables ----------------------------------------------------------------------------------------
 
     def set_huge(self, number: int, kind: int, bits: int, pfn: int, level: int = Leaf.PMD) -> None:
         """Make leaf table `number` one leaf entry for 512 pages with consecutive frames from `pfn`."""
         row = self._leaf_row(number)
-        self.leaf_level[row] = level
+        self.leaf_level[row], self.huge = level, True
         self.set_entries(slice(row * _LEAF, (row + 1) * _LEAF), kind, bits, np.arange(pfn, pfn + _LEAF))
 
     def split_leaf(self, row: int) -> None:
@@ -243,9 +268,10 @@ class CpuTable(PageTable):
         self._count += 1
 
     def _new_leaf(self) -> int:
-        if self._free_rows:
-            return self._free_rows.pop()
-        row = super()._new_leaf()
+        return self._free_rows.pop() if self._free_rows else super()._new_leaf()
+
+    def _room(self, rows: int) -> None:
+        super()._room(rows)
         short = len(self.rights) - len(self.kind)
         if short:
             self.kind = np.concatenate([self.kind, np.zeros(short, dtype=np.uint8)])
@@ -253,7 +279,6 @@ class CpuTable(PageTable):
             rows = short // _LEAF
             self.leaf_level = np.concatenate([self.leaf_level, np.zeros(rows, dtype=np.uint8)])
             self.number = np.concatenate([self.number, np.full(rows, -1, dtype=np.int64)])
-        return row
 
     def _detach(self, number: int) -> int:
         """Take a leaf table out of its directory, and the directories above it that this empties."""

@@ -14,6 +14,7 @@ from kit.memory.mmu_notifier import (
     mmu_notifier_release,
 )
 from kit.memory.types import VM_HUGETLB, VM_PFNMAP, VM_SHARED
+from kit.memory.vma_ops import vma_close
 from kit.memory.zap import free_pgtables, unmap_vmas, zap_slots
 from kit.sim.trace import waiting_step
 
@@ -53,6 +54,7 @@ def exit_mmap(mm: Mm, thread: Thread) -> Wait:
             hugetlb_unreserve_pages(vma)
         mm.remove(vma)
         mm.unlink(vma)
+        vma_close(vma, thread)
     free_pgtables(mm, thread, first, end - first)
     yield from mm.mmap_lock.write_release(thread)
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kit.memory.vma import Vma
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["FAULT_AROUND_PAGES", "do_fault", "map_page"]
+__all__ = ["FAULT_AROUND_PAGES", "do_fault", "finish_fault", "map_page"]
 
 FAULT_AROUND_PAGES = 16  # fault_around_bytes: 64 KiB
 
@@ -40,7 +40,7 @@ FAULT_AROUND_PAGES = 16  # fault_around_bytes: 64 KiB
 def do_fault(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -> Wait:
     """Serve pages that have no entry yet in a mapping of a file or driver; returns VM_FAULT_*."""
     thread.note(va=int(pages[0]) * PAGE, pages=len(pages))
-    if vma.ops is not None:
+    if hasattr(vma.ops, "fault"):
         return (yield from _driver_fault(vma, thread, pages, flags))
     if vma.file is None:
         return VM_FAULT_SIGBUS
@@ -72,11 +72,16 @@ def _driver_fault(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int
         if served & (VM_FAULT_ERROR | VM_FAULT_RETRY):
             return result | served
         if not served & VM_FAULT_NOPAGE:
-            pfn = np.array([vmf.page], dtype=np.int32)
-            map_page(vma, thread, np.array([page]), pfn, bool(flags & FAULT_FLAG_WRITE))
-            vma.mm.memory.put(vmf.page)  # the reference that the driver gave; the entry has its own
+            finish_fault(vmf, thread)
         result |= served & ~VM_FAULT_NOPAGE
     return result
+
+
+def finish_fault(vmf: Vmf, thread: Thread) -> None:
+    """Map the page that a driver's `fault` has named."""
+    page, pfn = np.array([vmf.address // PAGE]), np.array([vmf.page], dtype=np.int32)
+    map_page(vmf.vma, thread, page, pfn, bool(vmf.flags & FAULT_FLAG_WRITE))
+    vmf.vma.mm.memory.put(vmf.page)  # the reference that the driver gave; the entry has its own
 
 
 @waiting_step

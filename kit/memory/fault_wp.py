@@ -12,16 +12,22 @@ from kit.memory.notify import EVENTS, invalidate_end, invalidate_start, runs
 from kit.memory.rmap import add_anon_rmap, remove_rmap, rss_kind
 from kit.memory.swap import folio_free_swap
 from kit.memory.types import (
+    FAULT_FLAG_MKWRITE,
     FAULT_FLAG_UNSHARE,
+    FAULT_FLAG_WRITE,
     HPAGE_PMD_NR,
     PAGE,
     PG,
     VM_ACCESS_FLAGS,
+    VM_FAULT_ERROR,
+    VM_FAULT_NOPAGE,
     VM_FAULT_OOM,
+    VM_FAULT_RETRY,
     VM_SHARED,
     Bit,
     Kind,
     Leaf,
+    Vmf,
 )  # fmt: skip
 from kit.sim.trace import step, waiting_step
 
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
     from kit.memory.vma import Vma
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["do_numa_page", "do_wp_page", "wp_page_copy"]
+__all__ = ["do_numa_page", "do_wp_page", "driver_mkwrite", "wp_page_copy"]
 
 
 @step
@@ -55,11 +61,7 @@ def do_wp_page(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -
     frames, bits = table.frame[slots].astype(np.int64), table.bits[slots]
     unshare = bool(flags & FAULT_FLAG_UNSHARE)
     if vma.flags & VM_SHARED:
-        if not unshare:
-            _reuse(vma, thread, slots)  # wp_page_shared: page_mkwrite has nothing to prepare
-            if vma.file is not None:
-                memory.flags[memory.head(frames[(bits & Bit.SPECIAL) == 0])] |= PG.DIRTY
-        return 0
+        return 0 if unshare else (yield from _wp_page_shared(vma, thread, pages, flags))
     normal = (bits & Bit.SPECIAL) == 0
     anon = normal & ((memory.flags[memory.head(frames)] & PG.ANON) != 0)
     reuse = anon & ((memory.flags[frames] & PG.ANON_EXCLUSIVE) != 0)
@@ -76,6 +78,38 @@ def do_wp_page(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -
     if copy.any():
         return (yield from wp_page_copy(vma, thread, pages[copy], frames[copy], flags))
     return 0
+
+
+def _wp_page_shared(vma: Vma, thread: Thread, pages: NDArray[np.int64], flags: int) -> Wait:
+    """wp_page_shared: the entries become writable, unless a driver wants to see to it; returns VM_FAULT_*."""
+    table, memory = vma.mm.table, vma.mm.memory
+    for page in pages.tolist() if hasattr(vma.ops, "page_mkwrite") else []:
+        if table.rights.item(table.slot_of(page)) != 1:
+            continue  # the driver has served it together with another one
+        served: int = yield from driver_mkwrite(Vmf(vma, page * PAGE, flags), thread)
+        if served & (VM_FAULT_ERROR | VM_FAULT_RETRY):
+            return served
+        if served & VM_FAULT_NOPAGE:
+            vma.mm.count_faults(thread, 1)
+            pages = pages[pages != page]
+    slots = table.slots_of(pages)
+    slots = slots[(table.kind[slots] == Kind.PRESENT) & ((table.bits[slots] & Bit.WRITABLE) == 0)]
+    _reuse(vma, thread, slots)
+    if vma.file is not None:
+        memory.flags[memory.head(table.frame[slots[(table.bits[slots] & Bit.SPECIAL) == 0]])] |= PG.DIRTY
+    return 0
+
+
+def driver_mkwrite(vmf: Vmf, thread: Thread) -> Wait:
+    """Tell a driver of a write to an entry that is there but read-only (do_page_mkwrite); returns VM_FAULT_*.
+
+    With VM_FAULT_NOPAGE the driver has seen to the entry, and the access is tried again.
+    """
+    mkwrite = getattr(vmf.vma.ops, "page_mkwrite", None)
+    if mkwrite is None:
+        return 0
+    vmf.flags |= FAULT_FLAG_WRITE | FAULT_FLAG_MKWRITE
+    return (yield from mkwrite(vmf, thread))
 
 
 def _reuse(vma: Vma, thread: Thread, slots: NDArray[np.int64]) -> None:

@@ -162,6 +162,7 @@ def _child_slots(dst: Vma, src: Vma, slots: NDArray[np.int64]) -> NDArray[np.int
     table, child = src.mm.table, dst.mm.table
     to = child.slots_of(table.pages_at(slots), create=True)
     child.leaf_level[to >> 9] = table.leaf_level[slots >> 9]
+    child.huge |= table.huge
     return np.asarray(to)
 
 

@@ -1,4 +1,4 @@
-"""Which frames of host memory are free: single ones and whole 2 MiB blocks (what the buddy allocator is here)."""
+"""Which frames of host memory are free: single ones, 2 MiB blocks, and runs (what the buddy allocator is here)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,25 @@ class FramePool:
         self._depth = 0
         self._next = first  # frames from here on were never given out
         self._huge: list[int] = []  # free aligned blocks of 512
+        self._runs: dict[int, list[int]] = {}  # length: first frames of free runs
+        self._in_runs = 0
 
     @property
     def free(self) -> int:
         """How many frames are free."""
-        return self._depth + self.frames - self._next + len(self._huge) * HPAGE_PMD_NR
+        return self._depth + self.frames - self._next + len(self._huge) * HPAGE_PMD_NR + self._in_runs
+
+    @property
+    def top(self) -> int:
+        """Every frame ever given out lies below."""
+        return self._next
 
     def take(self, n: int) -> NDArray[np.int32] | None:
         """Take `n` frames; None when there are not so many."""
         if n > self.free:
             return None
+        if n > self.free - self._in_runs:
+            self._break_runs()
         again = min(n, self._depth)
         parts = [self._stack[self._depth - again : self._depth][::-1].copy()]
         self._depth -= again
@@ -57,6 +66,26 @@ class FramePool:
         if not self._huge:
             self._merge()
         return self._huge.pop() if self._huge else None
+
+    def take_run(self, n: int) -> int | None:
+        """Take `n` frames in a row; None when there are not so many in one piece."""
+        runs = self._runs.get(n)
+        if runs:
+            self._in_runs -= n
+            return runs.pop()
+        if self._next + n <= self.frames:
+            self._next += n
+            return self._next - n
+        first = self._cut(n)
+        if first is None and n <= self.free:
+            self._join()
+            first = self._cut(n)
+        return first
+
+    def give_run(self, first: int, n: int) -> None:
+        """Give `n` frames in a row back."""
+        self._runs.setdefault(n, []).append(first)
+        self._in_runs += n
 
     def carve(self, size: int, count: int) -> list[int]:
         """Take up to `count` blocks of `size` frames, aligned to it, out of what was never given out."""
@@ -86,10 +115,44 @@ class FramePool:
         free[self._next :] = True
         for head in self._huge:
             free[head : head + HPAGE_PMD_NR] = True
+        for length, runs in self._runs.items():
+            for first in runs:
+                free[first : first + length] = True
         return free
+
+    def _cut(self, n: int) -> int | None:
+        """Take `n` frames off the shortest run that is long enough."""
+        for length in sorted(length for length, runs in self._runs.items() if length >= n and runs):
+            first = self._runs[length].pop()
+            self._in_runs -= length
+            if length > n:
+                self.give_run(first + n, length - n)
+            return first
+        return None
+
+    def _join(self) -> None:
+        """Make runs, as long as they get, of all that was given back."""
+        for head in self._huge:
+            self.give_run(head, HPAGE_PMD_NR)
+        self._huge = []
+        self._break_runs()
+        frames = np.sort(self._stack[: self._depth])
+        self._depth = 0
+        cuts = np.flatnonzero(np.diff(frames, prepend=-2) != 1)
+        lengths = np.diff(np.append(cuts, len(frames)))
+        for first, length in zip(frames[cuts].tolist(), lengths.tolist(), strict=True):
+            self.give_run(first, length)
+
+    def _break_runs(self) -> None:
+        """Make the frames of runs single ones."""
+        for length, runs in self._runs.items():
+            for first in runs:
+                self.give(np.arange(first, first + length, dtype=np.int32))
+        self._runs, self._in_runs = {}, 0
 
     def _merge(self) -> None:
         """Find blocks all of whose frames are free singly, and make them blocks again."""
+        self._break_runs()
         stack = self._stack[: self._depth]
         whole = np.bincount(stack >> HPAGE_PMD_ORDER) == HPAGE_PMD_NR
         if whole.any():

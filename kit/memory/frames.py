@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-
 import numpy as np
 from numpy.typing import NDArray
-
-from kit.errors import DriverError
 
 __all__ = ["Frames", "Index"]
 
@@ -15,10 +11,10 @@ Index = NDArray[np.integer] | slice
 
 
 class Frames:
-    """The 4 KiB frames of one memory and what is in them.
+    """The 4 KiB frames of one memory and what is in them; who has which is the affair of its allocator.
 
     A frame's payload is its first ``payload_bytes``: 4096 carries a page whole, 8 carries a stamp,
-    enough to tell one page's content from every other's. Storage grows with the highest frame used.
+    enough to tell one page's content from every other's. Storage grows with the highest frame used (`ensure`).
 
     Parameters
     ----------
@@ -31,48 +27,9 @@ class Frames:
     """
 
     def __init__(self, name: str, capacity: int, payload_bytes: int = 8) -> None:
-        self.name, self.capacity, self.words = name, capacity, payload_bytes // 8
+        self.name, self.capacity = name, capacity
+        self.payload_bytes, self.words = payload_bytes, payload_bytes // 8
         self.payload = np.zeros((0, self.words), dtype=np.uint64)
-        self.used = 0
-        self._top = 0
-        self._free: dict[int, list[int]] = {}
-
-    def alloc(self, count: int) -> int:
-        """Take `count` contiguous frames and return the first.
-
-        Raises
-        ------
-        DriverError
-            ENOMEM: fewer than `count` frames are left.
-        """
-        if self.used + count > self.capacity:
-            raise DriverError(
-                errno.ENOMEM, "NV_ERR_NO_MEMORY", "alloc_pages", f"{self.name} has no {count} frames left"
-            )
-        self.used += count
-        free = self._free.get(count)
-        if free:
-            return free.pop()
-        if self._top + count > self.capacity:
-            return self._from_larger(count)
-        first = self._top
-        self._top += count
-        self.ensure(self._top)
-        return first
-
-    def free(self, first: int, count: int) -> None:
-        """Give back what `alloc` returned."""
-        self.used -= count
-        self._free.setdefault(count, []).append(first)
-
-    def _from_larger(self, count: int) -> int:
-        """Split a free run: the smallest one that is large enough."""
-        for size in sorted(size for size, found in self._free.items() if size > count and found):
-            first = self._free[size].pop()
-            self._free.setdefault(size - count, []).append(first + count)
-            return first
-        self.used -= count
-        raise DriverError(errno.ENOMEM, "NV_ERR_NO_MEMORY", "alloc_pages", f"{self.name} is too fragmented for {count}")
 
     def ensure(self, top: int) -> None:
         """Make room for the payload of frames below `top`."""

@@ -48,6 +48,7 @@ class Mm:
         memory.costs = costs
         self.table = CpuTable()
         self.vmas: list[Vma] = []
+        self.changes = 0  # areas that came or went
         self.mmap_lock = RwLock()
         self.notifier_subscriptions: MmuNotifierSubscriptions | None = None
         self.mm_users = 1
@@ -102,6 +103,7 @@ class Mm:
 
     def insert(self, vma: Vma) -> None:
         """Enter an area, with its place in the reverse map."""
+        self.changes += 1
         self.vmas.insert(bisect_right(self.vmas, vma.first, key=_first), vma)
         for root in (vma.file, vma.anon):
             if root is not None:
@@ -109,6 +111,7 @@ class Mm:
 
     def remove(self, vma: Vma) -> None:
         """Take an area out; rmap still finds its entries until `unlink`."""
+        self.changes += 1
         self.vmas.remove(vma)
 
     def unlink(self, vma: Vma) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kit.memory.costs import make_costs
 from kit.memory.frame_pool import FramePool
+from kit.memory.frames import Frames
 from kit.memory.swap import SwapArea
 from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PG
 
@@ -44,7 +45,7 @@ def tally(column: NDArray[np.int32], where: NDArray[np.integer], by: int) -> Non
         np.add.at(column, where, by)
 
 
-class PhysicalMemory:
+class PhysicalMemory(Frames):
     """Host memory, the device memory that drivers add to it, and swap.
 
     Parameters
@@ -62,9 +63,9 @@ class PhysicalMemory:
         self, engine: Engine, system_frames: int, device_frames: int = 0, payload_bytes: int = 8, swap_slots: int = 0
     ) -> None:
         total = system_frames + device_frames
+        super().__init__("host memory", total, payload_bytes)
         self.engine = engine
         self.system_frames, self.total = system_frames, total
-        self.payload_bytes, self.words = payload_bytes, payload_bytes // 8
         self.refcount = np.zeros(total, dtype=np.int32)
         self.mapcount = np.zeros(total, dtype=np.int32)
         self.pincount = np.zeros(total, dtype=np.int32)
@@ -76,7 +77,7 @@ class PhysicalMemory:
         self.zone_device_data = np.zeros(total, dtype=np.int64)
         self.swap_slot = np.zeros(total, dtype=np.int32)  # of pages in the swap cache
         self.lru_stamp = np.zeros(total, dtype=np.int64)  # order in which pages came to the LRU
-        self.payload = np.zeros((total, self.words), dtype=np.uint64)
+        self.ensure(total if device_frames else 1)  # host memory's payload comes with its frames
         self.swap = SwapArea(swap_slots, self.words)
         self.pgmaps: list[DevPagemap | None] = [None]
         self.mappings: list[RmapRoot | None] = [None]
@@ -102,11 +103,17 @@ class PhysicalMemory:
         """Frames of host memory that nobody has."""
         return self.pool.free
 
+    @property
+    def used(self) -> int:
+        """Frames of host memory that somebody has, the zero page not counted."""
+        return self.system_frames - 1 - self.pool.free
+
     def alloc_pages(self, n: int) -> NDArray[np.int32] | None:
         """Take `n` single pages, refcount 1 each, content undefined; None when there are not so many."""
         pfns = self.pool.take(n)
         if pfns is not None:
             self.prep(pfns, 0)
+            self.ensure(self.pool.top)
         return pfns
 
     def alloc_huge(self) -> int | None:
@@ -114,6 +121,7 @@ class PhysicalMemory:
         head = self.pool.take_huge()
         if head is not None:
             self.prep(np.array([head]), HPAGE_PMD_ORDER)
+            self.ensure(self.pool.top)
         return head
 
     def set_hugetlb_pool(self, order: int, count: int) -> int:
@@ -121,6 +129,7 @@ class PhysicalMemory:
         self.hugetlb_reserved.setdefault(order, 0)
         got = self.pool.carve(1 << order, count)
         self.hugetlb_free.setdefault(order, []).extend(got)
+        self.ensure(self.pool.top)
         return len(got)
 
     def prep(self, heads: NDArray[np.integer], order: int) -> None:
@@ -271,10 +280,6 @@ class PhysicalMemory:
     def copy(self, src: NDArray[np.integer], dst: NDArray[np.integer]) -> None:
         """Copy pages."""
         self.payload[dst] = self.payload[src]
-
-    def zero(self, pfns: NDArray[np.integer]) -> None:
-        """Clear pages."""
-        self.payload[pfns] = 0
 
     # -- LRU ------------------------------------------------------------------------------------------------------
 

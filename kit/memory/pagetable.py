@@ -118,6 +118,7 @@ class PageTable:
         """
         leaf = self.geometry.leaf
         low, high = first // leaf, (first + count - 1) // leaf
+        self._room(self.rows + high - low + 1)
         start = self._leaf_row(low)
         for table in range(low + 1, high + 1):
             if self._leaf_row(table) != start + table - low:
@@ -176,10 +177,15 @@ class PageTable:
         return row
 
     def _new_leaf(self) -> int:
-        row, leaf = self.rows, self.geometry.leaf
-        if (row + 1) * leaf == len(self.rights):
-            more = max(16, row) * leaf
-            self.rights = np.concatenate([self.rights, np.zeros(more, dtype=np.uint8)])
-            self.frame = np.concatenate([self.frame, np.full(more, -1, dtype=np.int32)])
+        row = self.rows
+        if (row + 1) * self.geometry.leaf == len(self.rights):
+            self._room(row + max(16, row))
         self.rows += 1
         return row
+
+    def _room(self, rows: int) -> None:
+        """Make the pools large enough for `rows` leaf tables, and the row that is never used."""
+        more = (rows + 1) * self.geometry.leaf - len(self.rights)
+        if more > 0:
+            self.rights = np.concatenate([self.rights, np.zeros(more, dtype=np.uint8)])
+            self.frame = np.concatenate([self.frame, np.full(more, -1, dtype=np.int32)])

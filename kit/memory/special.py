@@ -1,23 +1,55 @@
-"""What drivers put into areas of their own that is no memory, and how they take it back (mm/memory.c @ 7.0)."""
+"""Areas of drivers: how they come, and what is put into them that is no memory (mm/mmap.c, mm/memory.c @ 7.0)."""
 
 from __future__ import annotations
 
-from errno import EINVAL
+from errno import EEXIST, EINVAL
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kit.errors import Errno
+from kit.errors import DriverError, Errno
 from kit.memory.types import PAGE, VM_DONTEXPAND, VM_IO, VM_PFNMAP, VM_SHARED, Bit, Kind
+from kit.memory.vma import Vma
 from kit.memory.zap import zap_page_range_single
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:
     from kit.memory.file import File
-    from kit.memory.vma import Vma
+    from kit.memory.mm import Mm
+    from kit.memory.types import VmOperations
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["remap_pfn_range", "unmap_mapping_range", "zap_vma_ptes"]
+__all__ = ["install_special_mapping", "remap_pfn_range", "unmap_mapping_range", "zap_vma_ptes"]
+
+
+def install_special_mapping(
+    mm: Mm, first: int, pages: int, flags: int, ops: VmOperations, name: str, pgoff: int = 0
+) -> Vma:
+    """Give a driver an area of its own at pages [first, first + pages); nobody else may be changing areas just now.
+
+    What `mmap` does of a driver's device file between finding the place and calling the driver.
+
+    Parameters
+    ----------
+    flags : int
+        VM_* bits.
+    ops : VmOperations
+        Who serves its faults.
+    pgoff : int
+        Offset in pages into the driver's file.
+
+    Raises
+    ------
+    DriverError
+        EINVAL: no pages. EEXIST: something is there.
+    """
+    if pages <= 0:
+        raise DriverError(EINVAL, "EINVAL", "mmap", f"{name}: {pages} pages")
+    if mm.vmas_in(first, pages):
+        raise DriverError(EEXIST, "EEXIST", "mmap", f"{name}: {first * PAGE:#x} is mapped")
+    vma = Vma(mm, first, pages, flags | VM_DONTEXPAND, pgoff, ops=ops, name=name)
+    mm.insert(vma)
+    return vma
 
 
 @step

@@ -111,7 +111,13 @@ class Vmf:
 
 
 class VmOperations(Protocol):
-    """struct vm_operations_struct, as far as a driver's area needs it."""
+    """struct vm_operations_struct, as far as a driver's area needs it.
+
+    Beside `fault` a driver may have ``mmap(vma, thread) -> Wait`` (its file's, for a new area; 0 or -errno),
+    ``page_mkwrite(vmf, thread) -> Wait`` (as `fault`, for a write to a read-only entry of a shared area),
+    ``may_split(vma, page) -> int`` (0, or -errno: the area may not be cut there) and
+    ``close(vma, thread)`` (the area is gone, and its entries with it).
+    """
 
     def fault(self, vmf: Vmf, thread: Thread) -> Wait:
         """Serve a fault; return VM_FAULT_* bits: NOPAGE when the entry is in, else 0 with a referenced `vmf.page`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kit.memory.types import VM_HUGETLB
-from kit.memory.vma_ops import split_at
+from kit.memory.vma_ops import split_at, vma_close
 from kit.memory.zap import free_pgtables, unmap_vmas
 from kit.sim.trace import waiting_step
 
@@ -35,6 +35,7 @@ def do_vmi_munmap(mm: Mm, thread: Thread, first: int, count: int, unlock: bool =
         yield from unmap_vmas(mm, thread, vmas, low, high - low)
         for vma in vmas:
             mm.unlink(vma)
+            vma_close(vma, thread)
             if vma.flags & VM_HUGETLB:
                 from kit.memory.hugetlb import hugetlb_unreserve_pages
 

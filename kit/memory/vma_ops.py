@@ -17,14 +17,22 @@ if TYPE_CHECKING:
     from kit.memory.vma import Vma
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["__split_vma", "split_at", "vma_merge"]
+__all__ = ["__split_vma", "split_at", "vma_close", "vma_merge"]
 
 
 @waiting_step
 def __split_vma(mm: Mm, thread: Thread, vma: Vma, page: int) -> Wait:
-    """Cut an area in two at virtual page `page`; a PMD leaf across the cut is split. Returns 0 or -EINVAL."""
+    """Cut an area in two at virtual page `page`; a PMD leaf across the cut is split.
+
+    Returns 0, or -EINVAL: inside a huge page, or the driver does not let its area be cut.
+    """
     if page * PAGE % vma.page_size:
         return Errno(EINVAL, "__split_vma", f"{page * PAGE:#x} is inside a page of {vma.page_size} bytes")
+    may_split = getattr(vma.ops, "may_split", None)
+    if may_split is not None:
+        result: int = may_split(vma, page)
+        if result:
+            return result
     if not vma.flags & VM_HUGETLB:
         yield from split_edges(mm, thread, page, 0)
     upper = replace(vma, first=page, pages=vma.end - page, pgoff=vma.index(page))
@@ -43,6 +51,13 @@ def split_at(mm: Mm, thread: Thread, first: int, end: int) -> Wait:
             if result:
                 return result
     return 0
+
+
+def vma_close(vma: Vma, thread: Thread) -> None:
+    """Tell an area's driver that it is gone, entries and all (vm_ops->close)."""
+    close = getattr(vma.ops, "close", None)
+    if close is not None:
+        close(vma, thread)
 
 
 def vma_merge(mm: Mm, thread: Thread, first: int, end: int) -> None:

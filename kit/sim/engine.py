@@ -256,10 +256,12 @@ class RwLock:
 
     def read_acquire(self, thread: Thread) -> Iterable[simpy.Event]:
         """Share the lock with other readers, in order of arrival."""
-        if thread.in_step() and self.writer is None and not self._waiting:
-            self.readers += 1
-            return NO_WAIT
-        return self._acquire(thread, False)
+        now = thread._env.reach(thread.now)
+        if now is None or self.writer is not None or self._waiting:
+            return self._acquire(thread, False)
+        thread.now = now
+        self.readers += 1
+        return NO_WAIT
 
     def write_acquire(self, thread: Thread) -> Iterable[simpy.Event]:
         """Take the lock alone, in order of arrival."""
@@ -279,13 +281,23 @@ class RwLock:
         """Give up a reader's share."""
         if not self.readers:
             raise RuntimeError(f"{thread.name} releases a lock that nobody reads under")
-        return self._release(thread, False)
+        now = thread._env.reach(thread.now)
+        if now is None:
+            return self._late_release(thread, False)
+        thread.now = now
+        self.readers -= 1
+        if self._waiting:
+            self._hand_over()
+        return NO_WAIT
 
     def write_release(self, thread: Thread) -> Iterable[simpy.Event]:
         """Give up the writer's hold."""
         if self.writer is not thread:
             raise RuntimeError(f"{thread.name} releases a lock held by {self.writer and self.writer.name}")
-        return self._release(thread, True)
+        if thread.in_step():
+            self._give_up(True)
+            return NO_WAIT
+        return self._late_release(thread, True)
 
     def write_downgrade(self, thread: Thread) -> None:
         """The writer goes on as a reader (mmap_write_downgrade)."""
@@ -293,12 +305,6 @@ class RwLock:
             raise RuntimeError(f"{thread.name} downgrades a lock held by {self.writer and self.writer.name}")
         self.writer, self.readers = None, 1
         self._hand_over()
-
-    def _release(self, thread: Thread, alone: bool) -> Iterable[simpy.Event]:
-        if thread.in_step():
-            self._give_up(alone)
-            return NO_WAIT
-        return self._late_release(thread, alone)
 
     def _late_release(self, thread: Thread, alone: bool) -> Wait:
         yield from thread.sync()

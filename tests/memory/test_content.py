@@ -11,7 +11,7 @@ from kit.memory.frames import Frames
 def content(pages: int) -> tuple[Content, Frames]:
     made, frames = Content(), Frames("memory", 1000)
     made.grow(pages)
-    frames.alloc(1000)
+    frames.ensure(1000)
     return made, frames
 
 

@@ -54,9 +54,9 @@ class DmaDevice:
 
     def __init__(self, memory: PhysicalMemory) -> None:
         self.memory = memory
-        self.mapped = np.zeros(len(memory.payload), dtype=np.int32)
-        self._generation = np.zeros(len(memory.payload), dtype=np.uint16)  # of the mapping, where there is one
-        self._seen = np.zeros(len(memory.payload), dtype=np.int32)  # where each page stands in the call that maps it
+        self.mapped = np.zeros(memory.total, dtype=np.int32)
+        self._generation = np.zeros(memory.total, dtype=np.uint16)  # of the mapping, where there is one
+        self._seen = np.zeros(memory.total, dtype=np.int32)  # where each page stands in the call that maps it
         self._more: dict[int, dict[int, int]] = {}  # pfn: mappings by generation, where there are several
         self._next = 0
         self.live = 0
@@ -84,7 +84,6 @@ class DmaDevice:
                 self.fail_after = None
                 return None
             self.fail_after -= len(heads)
-        self._grow()
         self._next = generation = self._next % 0xFFF + 1
         each = _spread(heads, order)
         number = np.arange(len(each), dtype=np.int32)
@@ -169,14 +168,6 @@ class DmaDevice:
         addresses = np.asarray(addresses, dtype=np.uint64)
         pfns = ((addresses & _FRAME) >> _SHIFT).astype(np.int64)
         return pfns, (addresses >> GENERATION_SHIFT).astype(np.uint16)
-
-    def _grow(self) -> None:
-        """Follow device memory that was added after the device came up."""
-        missing = len(self.memory.payload) - len(self.mapped)
-        if missing > 0:
-            self.mapped = np.concatenate([self.mapped, np.zeros(missing, dtype=np.int32)])
-            self._generation = np.concatenate([self._generation, np.zeros(missing, dtype=np.uint16)])
-            self._seen = np.concatenate([self._seen, np.zeros(missing, dtype=np.int32)])
 
 
 def _spread(heads: NDArray[np.int64], order: int) -> NDArray[np.int64]:

@@ -272,7 +272,7 @@ def check_fault_access_permissions(
 
     Like `strongest`, a dict of access types and the pages that they are about.
     """
-    if block.range.vma.prot & 2:
+    if block.range.vma.writable:
         return strongest
     fatal = 0
     for access, pages in strongest.items():

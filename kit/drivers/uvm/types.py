@@ -22,18 +22,19 @@ if TYPE_CHECKING:
     from kit.drivers.uvm.module import ModuleParameters
     from kit.drivers.uvm.perf_thrashing_state import BlockThrashing
     from kit.drivers.uvm.pmm_gpu import Chunk
-    from kit.memory.address_space import AddressSpace, Vma
-    from kit.memory.frames import Frames
+    from kit.memory.mm import Mm
+    from kit.memory.vma import Vma
 
 __all__ = [
-    "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "GPU", "PAGE",
-    "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC", "REQUIRED_PROT", "WRITE",
-    "MoreProcessingRequired", "Policy", "VaBlock", "VaRange", "VaSpace",
+    "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "GPU",
+    "MANAGED_BASE", "PAGE", "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC", "REQUIRED_PROT",
+    "WRITE", "MoreProcessingRequired", "Policy", "VaBlock", "VaRange", "VaSpace",
 ]  # fmt: skip
 
 PAGE = 4096
 BLOCK_PAGES = 512  # PAGES_PER_UVM_VA_BLOCK on 4 KiB hosts
 BIG_PAGES = 16  # 4 KiB pages in a 64 KiB big page
+MANAGED_BASE = 0x7F00_0000_0000
 CPU, GPU = 0, 1  # processor ids; the CPU's is the lowest, so it is served first
 
 # uvm_fault_access_type_t, ascending by intrusiveness
@@ -148,8 +149,9 @@ class VaBlock:
 class VaSpace:
     """One process's unified memory (uvm_va_space_t): ranges, the GPU, the address space."""
 
-    def __init__(self, engine: Engine, module: ModuleParameters, mm: AddressSpace, host: Frames, gpu: Gpu) -> None:
-        self.engine, self.module, self.mm, self.host, self.gpu = engine, module, mm, host, gpu
+    def __init__(self, engine: Engine, module: ModuleParameters, mm: Mm, gpu: Gpu) -> None:
+        self.engine, self.module, self.mm, self.host, self.gpu = engine, module, mm, mm.memory, gpu
+        self.next_page = MANAGED_BASE // PAGE  # libcuda places managed memory itself, one allocation above the other
         gpu.va_space = self
         self.content = Content()
         # Processors whose atomics on a location are not native: a promotion would take rights from them.
@@ -168,8 +170,10 @@ class VaSpace:
     def slots(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the GPU page table's slot of each page; within one range that is an addition."""
         home = self.find(int(pages[0]))
-        if home is not None and home.first <= pages.min() and pages.max() < home.end:
-            return pages + (home.slot - home.first)
+        if home is not None:
+            within = pages - home.first
+            if within.view(np.uint64).max() < home.pages:  # a page before the range is a large number
+                return within + home.slot
         return self.gpu.table.walk(pages)
 
     def accessible(self, processor: int, location: int) -> bool:

@@ -19,6 +19,7 @@ from kit.drivers.uvm.types import (
     VaSpace,
 )
 from kit.memory.pagemask import runs, selection
+from kit.memory.vm_insert import insert_run, zap_run
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -57,10 +58,10 @@ def block_unmap_cpu(block: VaBlock, thread: Thread, mask: int) -> None:
     """unmap_mapping_range per contiguous run; synchronous (uvm_va_block.c)."""
     va_space = block.range.va_space
     costs = va_space.gpu.costs
-    table, slot = va_space.mm.table, block.slot[CPU]
+    vma, slot, base = block.range.vma, block.slot[CPU], block.base(CPU)
     for first, count in runs(mask):
         thread.charge(costs.unmap_cpu_run + count * costs.unmap_cpu_page)
-        table.unmap(slot + first, count)
+        zap_run(vma, slot + first, count, slice(base + first, base + first + count) if base >= 0 else None)
 
 
 @step
@@ -107,10 +108,15 @@ def block_map_cpu_to(block: VaBlock, thread: Thread, mask: int, prot: int) -> No
     """Insert CPU entries page by page, once the block's GPU work is over (uvm_va_block.c)."""
     va_space = block.range.va_space
     thread.now = max(thread.now, block.tracker)
-    right = 1 if prot == READ_ONLY else 2
-    table, slot, frames = va_space.mm.table, block.slot[CPU], block.frames[CPU]
+    vma, slot, base, write = block.range.vma, block.slot[CPU], block.base(CPU), prot > READ_ONLY
+    lower = mask & block.pte[CPU][READ_ONLY]
+    if lower:  # an entry gives way to one with more rights
+        for first, count in runs(lower):
+            zap_run(vma, slot + first, count)
     for first, count in runs(mask):
-        table.map(slot + first, count, frames[first : first + count], right)
+        stop = first + count
+        pfns = slice(base + first, base + stop) if base >= 0 else block.frames[CPU][first:stop]
+        insert_run(vma, slot + first, count, pfns, write)
     thread.charge(mask.bit_count() * va_space.gpu.costs.map_cpu_page)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kit.drivers.uvm.pmm_gpu import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, MoreProcessingRequired, VaBlock
+from kit.errors import DriverError
+from kit.memory.alloc import alloc_pages_exact
 from kit.memory.pagemask import first_page, region, runs
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
@@ -69,10 +72,14 @@ def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: int) -> Non
     while todo:
         at = first_page(todo)
         first, count, each = _cpu_chunk(block, sizes, at, held, todo)
-        while count > va_space.host.capacity - va_space.host.used and "+" in sizes:
+        frame = alloc_pages_exact(va_space.host, count)
+        while frame is None and "+" in sizes:
             sizes = sizes.rpartition("+")[0]  # no chunk of that size is left: a smaller one
             first, count, each = _cpu_chunk(block, sizes, at, held, todo)
-        frame = va_space.host.alloc(count)
+            frame = alloc_pages_exact(va_space.host, count)
+        if frame is None:
+            why = f"host memory has no {count} frames left"
+            raise DriverError(errno.ENOMEM, "NV_ERR_NO_MEMORY", "alloc_pages", why)
         if region(first, count) & ~(block.resident[CPU] | block.resident[GPU]):
             va_space.host.zero(slice(frame, frame + count))
             thread.charge(count * costs.cpu_zero_page)

@@ -20,13 +20,30 @@ from kit.drivers.uvm.types import (
 from kit.drivers.uvm.va_block_map import uvm_va_block_unmap_mask
 from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
-from kit.errors import DriverError
+from kit.errors import DriverError, Errno
+from kit.memory.alloc import free_pages_exact
 from kit.memory.pagemask import runs
+from kit.memory.special import install_special_mapping
+from kit.memory.types import (
+    FAULT_FLAG_WRITE,
+    VM_DONTCOPY,
+    VM_FAULT_NOPAGE,
+    VM_MAYREAD,
+    VM_MAYSHARE,
+    VM_MAYWRITE,
+    VM_MIXEDMAP,
+    VM_READ,
+    VM_SHARED,
+    VM_WRITE,
+    Vmf,
+)
+from kit.memory.vma import Vma
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
 __all__ = [
     "PC",
+    "VmOpsManaged",
     "uvm_mmap",
     "uvm_va_block_find_create_in_range",
     "uvm_va_range_block_create",
@@ -34,6 +51,8 @@ __all__ = [
     "uvm_vm_fault",
 ]
 
+# uvm_mmap wants a shared mapping that may be read and written. A child of fork gets none: the driver would disable it.
+VM_FLAGS = VM_READ | VM_WRITE | VM_SHARED | VM_MAYREAD | VM_MAYWRITE | VM_MAYSHARE | VM_MIXEDMAP | VM_DONTCOPY
 PC = 0x55_5555_1000  # program counter that CPU faults report: the kit runs no real instructions
 
 
@@ -53,8 +72,11 @@ def uvm_mmap(va_space: VaSpace, thread: Thread, nbytes: int, name: str, offset: 
 @step
 def uvm_va_range_create_mmap(va_space: VaSpace, thread: Thread, nbytes: int, name: str, offset: int) -> VaRange:
     """The range and its VMA (uvm_va_range.c)."""
-    vma = va_space.mm.mmap(nbytes, name, fault=None, align=BLOCK_PAGES, offset=offset // PAGE)
-    vma.fault = lambda faulter, page, write: uvm_vm_fault(va_space, faulter, page, write)
+    shift, pages = offset // PAGE, -(-nbytes // PAGE)
+    first = -(-(va_space.next_page - shift) // BLOCK_PAGES) * BLOCK_PAGES + shift
+    vma = install_special_mapping(va_space.mm, first, pages, VM_FLAGS, VmOpsManaged(va_space), name, pgoff=first)
+    va_space.next_page = vma.end
+    va_space.mm.table.reserve(vma.first, vma.pages)
     slot = va_space.gpu.table.reserve(vma.first, vma.pages)
     va_space.content.grow(slot + vma.pages)
     va_range = VaRange(vma.first, vma.pages, vma, va_space, slot)
@@ -70,8 +92,7 @@ def uvm_va_range_block_create(va_range: VaRange, thread: Thread, page: int) -> V
     if block is None:
         first = max(index * BLOCK_PAGES, va_range.first)
         pages = min((index + 1) * BLOCK_PAGES, va_range.end) - first
-        within = first - va_range.first
-        slots = (va_range.vma.slot + first - va_range.vma.first, va_range.slot + within)
+        slots = (va_range.va_space.mm.table.slot_of(first), va_range.slot + first - va_range.first)
         block = va_range.blocks[index] = VaBlock(va_range, first, pages, slots)
     return block
 
@@ -83,10 +104,33 @@ def uvm_va_block_find_create_in_range(va_space: VaSpace, thread: Thread, page: i
     return None if va_range is None else uvm_va_range_block_create(va_range, thread, page)
 
 
+class VmOpsManaged:
+    """uvm_vm_ops_managed: what Linux calls for an area of managed memory (uvm.c)."""
+
+    def __init__(self, va_space: VaSpace) -> None:
+        self.va_space = va_space
+
+    def fault(self, vmf: Vmf, thread: Thread) -> Wait:
+        """A page without an entry, or (``page_mkwrite``) a write to one that is read-only."""
+        write = bool(vmf.flags & FAULT_FLAG_WRITE)
+        return uvm_vm_fault(self.va_space, thread, vmf.address // PAGE, write)
+
+    page_mkwrite = fault
+
+    def may_split(self, vma: Vma, page: int) -> int:
+        """An area is unmapped whole: ranges are not cut along with it, as uvm_vm_open_managed would do."""
+        return Errno(errno.EINVAL, "uvm_vm_open_managed", f"{vma} cannot be cut at {page * PAGE:#x}")
+
+    def close(self, vma: Vma, thread: Thread) -> None:
+        """The area was unmapped."""
+        uvm_vm_close_managed(self.va_space, thread, vma)
+
+
 @waiting_step
 def uvm_vm_fault(va_space: VaSpace, thread: Thread, page: int, write: bool) -> Wait:
-    """The VMA's fault handler (uvm.c)."""
+    """The VMA's fault handler; entries are in when it returns (uvm.c)."""
     yield from uvm_va_space_cpu_fault_managed(va_space, thread, page, write)
+    return VM_FAULT_NOPAGE
 
 
 @waiting_step
@@ -171,21 +215,19 @@ def block_cpu_fault_locked(block: VaBlock, thread: Thread, context: ServiceConte
 
 
 @step
-def uvm_vm_close_managed(va_space: VaSpace, thread: Thread, va_range: VaRange) -> None:
+def uvm_vm_close_managed(va_space: VaSpace, thread: Thread, vma: Vma) -> None:
     """Managed memory is freed by unmapping it (uvm.c)."""
     thread.charge(va_space.gpu.costs.ioctl)
-    uvm_destroy_vma_managed(va_space, thread, va_range)
+    uvm_destroy_vma_managed(va_space, thread, vma)
 
 
 @step
-def uvm_destroy_vma_managed(va_space: VaSpace, thread: Thread, va_range: VaRange) -> None:
+def uvm_destroy_vma_managed(va_space: VaSpace, thread: Thread, vma: Vma) -> None:
     """Destroy the ranges of the area: more than one where advice has split it (uvm.c)."""
-    vma = va_range.vma
     for part in [r for r in va_space.ranges if r.vma is vma]:
         uvm_va_range_destroy(va_space, thread, part)
         va_space.ranges.remove(part)
         va_space.content.forget(part.slot, part.pages)
-    va_space.mm.munmap(vma)
 
 
 @step
@@ -221,7 +263,7 @@ def block_kill(block: VaBlock, thread: Thread) -> None:
     for chunk in list(block.gpu_chunks.values()):
         va_space.gpu.pmm.free(thread, chunk)
     for frame, count, _ in block.cpu_chunks.values():
-        va_space.host.free(frame, count)
+        free_pages_exact(va_space.host, frame, count)
     block.gpu_chunks.clear()
     block.cpu_chunks.clear()
     block.resident = [0, 0]

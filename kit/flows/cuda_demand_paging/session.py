@@ -33,8 +33,10 @@ from kit.flows.cuda_demand_paging.result import integrity, metrics
 from kit.flows.documented import Conformance
 from kit.flows.run import Allocation, Integrity
 from kit.flows.session import Session
-from kit.memory.address_space import AddressSpace
-from kit.memory.frames import Frames
+from kit.memory.access import touch
+from kit.memory.costs import make_costs
+from kit.memory.mm import Mm
+from kit.memory.pages import PhysicalMemory
 from kit.sim.engine import Thread, Wait
 
 __all__ = ["STAGES", "CudaSession"]
@@ -59,8 +61,9 @@ class CudaSession(Session):
             self.engine, self.machine, self.module, self.gpu_memory, parameters.payload_bytes,
             parameters.fault_buffer_entries,
         )  # fmt: skip
-        host = Frames("host memory", int(self.machine["host_memory_bytes"]) // PAGE, parameters.payload_bytes)
-        self.va_space = VaSpace(self.engine, self.module, AddressSpace(host), host, self.gpu)
+        frames = int(self.machine["host_memory_bytes"]) // PAGE
+        host = PhysicalMemory(self.engine, frames, payload_bytes=parameters.payload_bytes)
+        self.va_space = VaSpace(self.engine, self.module, Mm(host, self.engine, make_costs()), self.gpu)
         self.cpu = self.engine.thread("cpu")
         if self.gpu.hal.replayable_faults:
             start_bottom_half(self.gpu)
@@ -126,8 +129,8 @@ class CudaSession(Session):
         for at in range(0, len(accesses.page), max(step, 1)):
             part = slice(at, at + step)
             pages = accesses.page[part] + base
-            yield from self.va_space.mm.touch(
-                cpu, pages, accesses.write[part], self.gpu.costs.cpu_touch_page, self._wrote
+            yield from touch(
+                self.va_space.mm, cpu, pages, accesses.write[part], self.gpu.costs.cpu_touch_page, self._wrote
             )
             yield from cpu.sync()
 

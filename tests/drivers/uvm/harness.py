@@ -43,11 +43,15 @@ from kit.drivers.uvm.types import (
     VaRange,
     VaSpace,
 )
-from kit.drivers.uvm.va_space import uvm_mmap, uvm_vm_close_managed
+from kit.drivers.uvm.va_space import uvm_mmap
 from kit.flows.cuda_demand_paging.result import integrity
-from kit.memory.address_space import AddressSpace
-from kit.memory.frames import Frames
+from kit.memory.access import touch
+from kit.memory.costs import make_costs
+from kit.memory.invariants import check_invariants
+from kit.memory.mm import Mm
+from kit.memory.mmap import munmap
 from kit.memory.pagemask import pages_of, region
+from kit.memory.pages import PhysicalMemory
 from kit.sim.engine import Engine, Wait
 from kit.sim.machine import load_machine
 
@@ -74,8 +78,9 @@ class Harness:
         self.engine = Engine(seed, jitter)
         self.roots = roots
         self.gpu = Gpu(self.engine, self.machine, self.module, roots * BLOCK_PAGES * PAGE, payload, entries)
-        self.host = Frames("host memory", host_pages, payload)
-        self.space = VaSpace(self.engine, self.module, AddressSpace(self.host), self.host, self.gpu)
+        self.host = PhysicalMemory(self.engine, host_pages, payload_bytes=payload)
+        self.mm = Mm(self.host, self.engine, make_costs())
+        self.space = VaSpace(self.engine, self.module, self.mm, self.gpu)
         self.cpu = self.engine.thread("cpu")
         self.trace = self.engine.trace
         self.lite = not self.gpu.hal.replayable_faults
@@ -118,14 +123,19 @@ class Harness:
     def free(self, va_range: VaRange) -> None:
         """Free a range."""
         self.cpu.now = max(self.cpu.now, self.engine.now)
-        uvm_vm_close_managed(self.space, self.cpu, va_range)
-        self.wait(max(0.0, self.cpu.now - self.engine.now))
+        self.engine.run(self.engine.start(self.freeing(va_range)))
+
+    def freeing(self, va_range: VaRange) -> Wait:
+        """The unmapping of a range, as work."""
+        vma = va_range.vma
+        assert (yield from munmap(self.mm, self.cpu, vma.start, vma.stop - vma.start)) == 0
+        yield from self.cpu.sync()
 
     def touching(self, pages: Sequence[int], writes: Sequence[bool] | bool) -> Wait:
         """CPU accesses, as work."""
         where = np.asarray(pages, dtype=np.int64)
         write = np.full(len(where), writes) if isinstance(writes, bool) else np.asarray(writes, dtype=bool)
-        return self.space.mm.touch(self.cpu, where, write, self.gpu.costs.cpu_touch_page, self._wrote)
+        return touch(self.mm, self.cpu, where, write, self.gpu.costs.cpu_touch_page, self._wrote)
 
     def _wrote(self, pages: NDArray[np.int64]) -> None:
         if len(pages):
@@ -318,7 +328,7 @@ def check_block(h: Harness, block: VaBlock) -> None:
 def check_tables(h: Harness, block: VaBlock) -> None:
     """Page-table entries say what the masks say, and point at the right frames."""
     pages = np.arange(block.first, block.first + block.pages)
-    rights, frames = h.space.mm.table.lookup(pages)
+    rights, frames = h.mm.table.lookup(pages)
     wanted = np.zeros(block.pages, dtype=np.uint8)
     wanted[pages_of(block.pte[CPU][READ_ONLY])] = 1
     wanted[pages_of(block.pte[CPU][READ_WRITE])] = 2
@@ -330,9 +340,9 @@ def check_tables(h: Harness, block: VaBlock) -> None:
     for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
         wanted[pages_of(block.pte[GPU][prot])] = prot
     assert (rights == wanted).all(), "GPU page table and masks differ"
-    local, remote = (
-        pages_of(block.mapped(GPU) & m) for m in (block.resident[GPU], ~block.resident[GPU] & block.all_pages)
-    )
+    # Before Pascal the GPU keeps its entries, of its own memory, while the CPU has the page.
+    own = block.all_pages if h.lite else block.resident[GPU]
+    local, remote = (pages_of(block.mapped(GPU) & m) for m in (own, ~own & block.all_pages))
     assert (frames[local] == block.frames[GPU][local]).all(), "a GPU entry points at a wrong frame of its memory"
     assert (frames[remote] == block.frames[CPU][remote]).all(), "a remote GPU entry points at a wrong frame"
 
@@ -381,11 +391,12 @@ def check_gpu_memory(h: Harness) -> None:
 
 
 def check_host_memory(h: Harness) -> None:
-    """Host frames that are in use are those that blocks hold, each once."""
+    """Host frames that are in use are those that blocks hold, each once; the kernel's counts agree."""
     held = Counter(
         frame + at for b in h.blocks() for frame, count, _ in b.cpu_chunks.values() for at in range(count)
     )  # fmt: skip
     assert h.host.used == len(held) and (not held or max(held.values()) == 1), "host frames are lost or shared"
+    check_invariants(h.host, [h.mm], held)
 
 
 def check_trace(h: Harness) -> None:

@@ -9,7 +9,7 @@ import pytest
 from drivers.uvm.harness import Harness, pages
 
 from kit.drivers.uvm.types import PREFETCH, READ, WRITE, VaRange
-from kit.memory.address_space import READ as PROT_READ
+from kit.memory.types import VM_WRITE
 
 FAMILIES = pytest.mark.parametrize("architecture", ["pascal", "volta"])
 
@@ -79,11 +79,11 @@ def test_under_every_replay_policy(architecture: str, policy: int) -> None:
 @FAMILIES
 def test_a_write_to_read_only_memory_is_a_permission_fault(architecture: str) -> None:
     h, r = ready(architecture)
-    r.vma.prot = PROT_READ
+    r.vma.flags &= ~VM_WRITE
     assert h.kernel(pages(r, [3]), READ) is None
     assert h.kernel(pages(r, [40]), WRITE) == "InvalidPermissions"
     assert fatal(h) == [(r.first + 40, "InvalidPermissions")]
-    r.vma.prot = PROT_READ | 2
+    r.vma.flags |= VM_WRITE
     h.check()
 
 
