@@ -15,6 +15,8 @@ from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PAGE, PG, VM_HUGETLB
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from kit.memory.mm import Mm
     from kit.memory.pages import PhysicalMemory
     from kit.sim.engine import Thread, Wait
@@ -75,16 +77,7 @@ def split_folio(memory: PhysicalMemory, thread: Thread, head: int) -> Wait:
     block = np.arange(head, head + HPAGE_PMD_NR)
     if int(memory.refcount[head]) != int(memory.expected_refs(np.array([head]))[0]) + 1:
         return Errno(EAGAIN, "split_folio", f"pfn {head:#x} is held by somebody else")
-    for vma, pages, _slots, _which in rmap_walk(memory, block):
-        mm = vma.mm
-        told = yield from invalidate_start(mm, thread, int(pages[0]), int(pages[-1] - pages[0]) + 1, EVENTS.CLEAR)
-        for number in sorted({int(pages[0]) // HPAGE_PMD_NR, int(pages[-1]) // HPAGE_PMD_NR}):
-            row = mm.table.row_of(number)
-            slot = row * HPAGE_PMD_NR
-            if row >= 0 and mm.table.leaf_level[row] == Leaf.PMD and mm.table.frame[slot] == head:
-                split_huge_pmd_locked(mm, thread, number)
-        thread.charge(mm.costs.split_folio + mm.costs.tlb_flush)
-        yield from invalidate_end(told, thread)
+    yield from try_to_migrate(memory, thread, block)
     if int(memory.refcount[head]) != int(memory.expected_refs(np.array([head]))[0]) + 1:
         thread.note(status="-EAGAIN")
         return Errno(EAGAIN, "split_folio", f"pfn {head:#x} is held by somebody else")
@@ -97,3 +90,21 @@ def split_folio(memory: PhysicalMemory, thread: Thread, head: int) -> Wait:
     memory.flags[tails] &= ~np.uint16(PG.LOCKED)
     memory.put(tails)
     return 0
+
+
+@waiting_step
+def try_to_migrate(memory: PhysicalMemory, thread: Thread, block: NDArray[np.int64]) -> Wait:
+    """Make every mapping of a huge folio small (mm/rmap.c with TTU_SPLIT_HUGE_PMD), for which everybody is told.
+
+    The kernel leaves migration entries while it splits; here the entries stay, since the folio's lock keeps others off.
+    """
+    for vma, pages, _slots, _which in rmap_walk(memory, block):
+        mm = vma.mm
+        told = yield from invalidate_start(mm, thread, int(pages[0]), int(pages[-1] - pages[0]) + 1, EVENTS.CLEAR)
+        for number in sorted({int(pages[0]) // HPAGE_PMD_NR, int(pages[-1]) // HPAGE_PMD_NR}):
+            row = mm.table.row_of(number)
+            slot = row * HPAGE_PMD_NR
+            if row >= 0 and mm.table.leaf_level[row] == Leaf.PMD and mm.table.frame[slot] == block[0]:
+                split_huge_pmd_locked(mm, thread, number)
+        thread.charge(mm.costs.split_folio + mm.costs.tlb_flush)
+        yield from invalidate_end(told, thread)

@@ -1,0 +1,28 @@
+"""Parameters that no shipped scenario sets: such runs are as sound as the shipped ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from kit.flows import registry
+
+HUGE_AND_RECLAIMED = [
+    ("mlx5_odp_mr", "default", {"pages": "transparent"}),
+    ("mlx5_odp_mr", "default", {"pages": "transparent", "era": "new", "regions": 4, "bytes": 1 << 20}),
+    ("hmm_mirror", "noisy_neighbour", {"thp": True, "children": 1, "child_fraction": 0.787, "jitter": 1.396}),
+]
+
+
+@pytest.mark.parametrize(("flow", "scenario", "given"), HUGE_AND_RECLAIMED)
+def test_huge_pages_are_split_as_documented(flow: str, scenario: str, given: dict[str, object]) -> None:
+    run = registry.run(flow, scenario, given)
+    assert "split_folio" in run.conformance.steps_reached
+    assert not run.conformance.violations
+    assert not run.integrity.lost
+
+
+def test_a_machine_may_have_more_memory_than_the_one_that_simulates_it() -> None:
+    """32 GiB of host and device memory with whole pages, of which the run writes a few hundred KiB."""
+    run = registry.run("hmm_mirror", "", {"device_type": "coherent", "payload_bytes": 4096, "bytes": 65536})
+    assert run.integrity.pages_checked
+    assert not run.integrity.lost
