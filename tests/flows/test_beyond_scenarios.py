@@ -26,3 +26,10 @@ def test_a_machine_may_have_more_memory_than_the_one_that_simulates_it() -> None
     run = registry.run("hmm_mirror", "", {"device_type": "coherent", "payload_bytes": 4096, "bytes": 65536})
     assert run.integrity.pages_checked
     assert not run.integrity.lost
+
+
+def test_a_dead_adapter_ends_in_an_error_and_not_in_endless_retries() -> None:
+    run = registry.run("mlx5_implicit_mr", "dead_owner", {"fail": "device", "timeout": 12, "jitter": 1.823})
+    assert run.errors
+    assert all("RETRY_EXC_ERR" in error or "WR_FLUSH_ERR" in error for error in run.errors), run.errors
+    assert not run.integrity.lost

@@ -48,9 +48,9 @@ class Fabric:
         return self._next
 
     def deliver(self, message: Message) -> None:
-        """Let a request arrive, unless it is lost or nobody is there: then the requester's timer has to notice."""
+        """Let a request arrive, unless it is lost or nobody takes it: the requester's timer has to notice."""
         home = self._homes.get(message.dest)
-        qp = home.qps.get(message.dest) if home is not None else None
+        qp = home.qps.get(message.dest) if home is not None and not home.internal_error else None
         lost = self.drop is not None and self.drop(message)
         if lost or qp is None or qp.state not in (QpState.RTR, QpState.RTS):
             message.qp.hca.counters.dropped += 1

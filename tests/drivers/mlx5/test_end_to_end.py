@@ -275,15 +275,17 @@ def test_many_queue_pairs_fault_at_once(kind):
 
 
 def test_a_dead_device_answers_nothing():
-    world, qp, _ = ready("explicit")
+    world, *_ = ready("explicit")
     client, server = world.client, world.server
+    qp, _ = world.rc(timeout=10, retry_cnt=2)
     server.hca.internal_error = True
     client.write(noise(client.size))
+    began = world.engine.now
     client.send(qp, WrOpcode.RDMA_WRITE, client.sge(), remote_addr=server.buf, rkey=server.mr.rkey)
-    world.settle()
-    assert not qp.send_cq.entries and qp.rnr_naks > 10  # the fault cannot be resumed: RNR without end
-    (left,) = server.hca.outstanding_faults
-    assert left.who == "responder"
+    assert client.wait(qp)[0].status == WcStatus.RETRY_EXC_ERR
+    smallest = max(4.096 * 2**10, client.hca.params.timeout_floor)
+    assert 3 * smallest <= world.engine.now - began < 4 * smallest  # three times sent, each time waited for
+    assert qp.rnr_naks == 0 and not server.hca.outstanding_faults
 
 
 def test_a_region_can_go_while_others_are_used():

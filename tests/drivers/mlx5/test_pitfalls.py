@@ -192,3 +192,44 @@ def test_a_flood_needs_an_interval_and_ends_with_the_queue_pair() -> None:
     before = pair.left.hca.counters.flooded
     pass_time(pair, 1e5)
     assert pair.left.hca.counters.flooded == before == 10
+
+
+# -- anything at once
+
+
+def storm(seed: int) -> tuple[int, int, int]:
+    """Random messages at random moments over missing pages of both sides; what was lost, missed and asked again."""
+    rng = np.random.default_rng(seed)
+    params = HcaParameters(packet_damming=True, packet_flood=True)
+    pair = Pair(params=params, seed=seed, jitter=float(rng.choice([0.0, 2.0])), resend_interval=50.0)
+    made = []
+    for _ in range(int(rng.integers(1, 4))):
+        pages = int(rng.integers(4, 20))
+        qp, _peer = pair.rc(timeout=8, min_rnr_timer=int(rng.choice([1, 12])))
+        src, dst = pair.left.region(pages, missing=True), pair.right.region(pages, missing=True)
+        for region in (src, dst):
+            for page in np.flatnonzero(rng.random(pages) < 0.5).tolist():
+                region.map(page, 1)
+        src.fill(noise(pages, seed))
+        dst.fill(noise(pages, seed + 1))
+        made.append((qp, src, dst, rng.random(pages) < 0.4, src.bytes.copy(), dst.bytes.copy()))
+    for page in range(20):
+        for qp, src, dst, read, _, _ in made:
+            if page < src.pages:
+                post(pair, qp, src, dst, page, WrOpcode.RDMA_READ if read[page] else WrOpcode.RDMA_WRITE)
+                pass_time(pair, float(rng.exponential(rng.choice([1.0, 100.0, 1000.0]))))
+    for qp, src, dst, read, before, there in made:
+        done = finish(pair, qp, src.pages)
+        assert [(wc.wr_id, wc.status) for wc in done] == [(at, WcStatus.SUCCESS) for at in range(src.pages)]
+        whole = np.repeat(read, PAGE)
+        assert np.array_equal(src.bytes, np.where(whole, there, before)), "READs brought what was there"
+        assert np.array_equal(dst.bytes, np.where(whole, there, before)), "WRITEs left what they carried"
+    for host in (pair.left, pair.right):
+        assert not host.hca.dma.stale and not host.hca.outstanding_faults
+    counters = pair.left.hca.counters
+    return counters.dammed, sum(qp.retries for qp, *_ in made), counters.flooded
+
+
+def test_whatever_gets_lost_comes_through_in_the_end() -> None:
+    lost = np.array([storm(seed) for seed in range(60)])
+    assert (lost.sum(axis=0) > (60, 10, 10)).all(), "each pitfall has been there, often"
