@@ -33,3 +33,21 @@ def test_a_dead_adapter_ends_in_an_error_and_not_in_endless_retries() -> None:
     assert run.errors
     assert all("RETRY_EXC_ERR" in error or "WR_FLUSH_ERR" in error for error in run.errors), run.errors
     assert not run.integrity.lost
+
+
+@pytest.mark.parametrize(("how", "stale"), [("reclaim", 0), ("madvise", 256), ("rewrite", 256)])
+def test_a_pinned_region_does_not_follow_what_the_program_does_to_its_addresses(how: str, stale: int) -> None:
+    """Reclaim passes pinned pages by; after MADV_DONTNEED the addresses get others, and nobody tells the adapter."""
+    run = registry.run("mlx5_odp_mr", "", {"page_out": how, "kind": "pinned", "bytes": 1 << 20})
+    assert run.metrics["stale_pages_detected"] == run.metrics["lost_pages"] == stale
+    assert bool(run.errors) == bool(stale)
+    assert all("stale data" in error for error in run.errors)
+    followed = registry.run("mlx5_odp_mr", "", {"page_out": how, "kind": "explicit", "bytes": 1 << 20})
+    assert followed.metrics["stale_pages_detected"] == followed.metrics["lost_pages"] == 0
+
+
+@pytest.mark.parametrize("odp", [False, True])
+def test_a_pinned_buffer_whose_pages_were_given_up_receives_messages_nobody_sees(odp: bool) -> None:
+    run = registry.run("rc_pingpong", "", {"page_out": "madvise", "odp": odp})
+    assert any("stale data" in error for error in run.errors) == (not odp)
+    assert bool(run.integrity.lost) == (not odp)

@@ -105,7 +105,7 @@ class ImplicitSession(OneSidedSession):
     def _round(self, during: bool) -> Wait:
         transfers = self._transfers()
         env = self.engine.env
-        sending = env.process(self.traffic.run(transfers, self.mr.rkey))
+        sending = env.process(self.traffic.run(transfers, self.mr))
         if during:
             yield from self._leave(while_in_use=True)
         yield sending

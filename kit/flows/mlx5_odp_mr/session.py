@@ -158,7 +158,7 @@ class OdpMrSession(OneSidedSession):
         for at in range(len(buffers.starts())):
             parts = cut(buffers.area, at * buffers.part_pages, pages, p.message_bytes)
             if parts:
-                yield from self.traffic.run(transfers_of(parts, p.operation, 0, self.rng), buffers.mr_of(at).rkey)
+                yield from self.traffic.run(transfers_of(parts, p.operation, 0, self.rng), buffers.mr_of(at))
 
     def _page_out(self) -> Wait:
         p, host = self.parameters, self.responder
@@ -190,8 +190,9 @@ class OdpMrSession(OneSidedSession):
     # -- the result --------------------------------------------------------------------------------------------------
 
     def own_metrics(self) -> dict[str, float]:
-        """Return what is particular to this flow: regions, and pages pinned now."""
+        """Return what is particular to this flow: regions, pages pinned now, and pages that were no longer theirs."""
         return {
             "regions": sum(len(buffers.mrs) for buffers in self.buffers),
             "pinned_now_bytes": self.responder.mm.pinned_vm * PAGE,
+            "stale_pages_detected": self.detected,
         }

@@ -11,10 +11,11 @@ from kit.errors import DriverError
 from kit.flows.rc_pingpong.libibverbs import Pingpong
 from kit.flows.rc_pingpong.parameters import PingpongParameters
 from kit.flows.rc_pingpong.program import main
-from kit.flows.rdma.content import add_up
+from kit.flows.rdma.content import Area, add_up
 from kit.flows.rdma.hosts import probe
 from kit.flows.rdma.pressure import page_out
 from kit.flows.rdma.session import RdmaSession
+from kit.flows.rdma.stale import is_pinned, stale_pages
 from kit.flows.run import Allocation, Integrity
 from kit.sim.engine import Thread, Wait
 
@@ -42,6 +43,7 @@ class PingpongSession(RdmaSession):
             side.reached = {name: env.event() for name in GATES}
         self._running: list[simpy.Process] = []
         self._ended = False
+        self.detected = 0  # pages of the server's pinned buffer that its addresses no longer name
 
     def load_module(self) -> Self:
         """Load the module on both hosts."""
@@ -115,12 +117,28 @@ class PingpongSession(RdmaSession):
     def _between(self, side: Pingpong, thread: Thread) -> Wait:
         """Let the server's buffer leave memory now and then, behind the program's back."""
         p, area = self.parameters, side.area
-        if not side.server or p.page_out == "none" or area is None or (side.rcnt + 1) % p.page_out_every:
+        if not side.server or p.page_out == "none" or area is None:
+            return
+        self._look(side, area)
+        if (side.rcnt + 1) % p.page_out_every:
             return
         other = side.host.engine.thread("memory pressure")
         other.now = thread.now
         yield from page_out(side.host, other, p.page_out, area, np.arange(area.pages))
         thread.now = max(thread.now, other.now)
+
+    def _look(self, side: Pingpong, area: Area) -> None:
+        """Say, once, that messages come to pages that the buffer's addresses no longer name."""
+        if self.detected or not is_pinned(side.mr):
+            return
+        self.detected = stale_pages(side.host, side.mr, area, side.buf, self.parameters.size)
+        if self.detected:
+            now, hca = self.engine.now, side.host.dev.hca
+            self.engine.trace.span("dma_stale", hca.name, now, now, va=side.buf, pages=self.detected, status="error")
+            self.errors.append(
+                f"server: stale data: messages to {side.buf:#x} go to {self.detected} pages that these addresses no "
+                "longer name"
+            )
 
     # -- the result --------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kit.drivers.mlx5 import verbs
 from kit.drivers.mlx5.enums import U64_MAX, Access
 from kit.drivers.mlx5.objects import Mlx5IbMr
@@ -12,6 +10,7 @@ from kit.flows.rdma.content import Area, add_up
 from kit.flows.rdma.hosts import Connection, Host, connect
 from kit.flows.rdma.parameters import RdmaParameters
 from kit.flows.rdma.session import RdmaSession
+from kit.flows.rdma.stale import is_pinned, stale_pages
 from kit.flows.rdma.traffic import Traffic, Transfer
 from kit.flows.run import Allocation, Integrity
 from kit.memory.types import PAGE
@@ -31,8 +30,6 @@ class OneSidedSession(RdmaSession):
     scenario : str
     message_bytes, depth, qps : int
         Largest message; messages that a queue pair has under way at a time; queue pairs.
-    after : callable, optional
-        Called with each transfer that has completed without an error.
 
     Attributes
     ----------
@@ -40,16 +37,18 @@ class OneSidedSession(RdmaSession):
         Memory of the responder that messages reach; every page of it is checked in the end.
     traffic : Traffic
         The requester's side.
+    detected : int
+        Pages that messages found, or left, where their addresses no longer were.
     """
 
     def __init__(
-        self, parameters: RdmaParameters, scenario: str, message_bytes: int, depth: int, qps: int = 1,
-        after: Callable[[Transfer], None] | None = None,
+        self, parameters: RdmaParameters, scenario: str, message_bytes: int, depth: int, qps: int = 1
     ) -> None:  # fmt: skip
         super().__init__(parameters, scenario)
         self.areas: list[Area] = []
         self.qps, self.connections = qps, list[Connection]()
-        self.traffic = Traffic(self, message_bytes, depth, after)
+        self.traffic = Traffic(self, message_bytes, depth)
+        self.detected = 0
 
     @property
     def mr(self) -> Mlx5IbMr:
@@ -86,6 +85,28 @@ class OneSidedSession(RdmaSession):
             raise_for(mr)
         self.responder.mrs.append((kind, mr))
         self.arm(self.responder)
+
+    # -- what must never happen ------------------------------------------------------------------------------------
+
+    def is_told(self, mr: Mlx5IbMr) -> bool:
+        """Whether the adapter hears of what happens to a region's pages: not when they are pinned."""
+        return not is_pinned(mr)
+
+    def look(self, transfer: Transfer, mr: Mlx5IbMr) -> None:
+        """Look whether a message that has completed went to the pages that its addresses name now."""
+        host = self.responder
+        if self.is_told(mr):
+            return
+        stale = stale_pages(host, mr, transfer.area, transfer.address, transfer.length)
+        if not stale:
+            return
+        self.detected += stale
+        now, hca = self.engine.now, host.dev.hca
+        self.engine.trace.span("dma_stale", hca.name, now, now, va=transfer.address, pages=stale, status="error")
+        word = "RDMA_READ from" if transfer.read else "RDMA_WRITE to"
+        self.errors.append(
+            f"stale data: {word} {transfer.address:#x} used {stale} pages that these addresses no longer name"
+        )
 
     # -- the result --------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from kit.memory.mmap import mmap
 from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, PAGE, PROT_READ, PROT_WRITE
 
 if TYPE_CHECKING:
+    from kit.drivers.mlx5.objects import Mlx5IbMr
     from kit.flows.rdma.hosts import Connection, Host
     from kit.flows.rdma.one_sided import OneSidedSession
     from kit.sim.engine import Thread, Wait
@@ -79,8 +80,6 @@ class Traffic:
     session : OneSidedSession
     message_bytes, depth : int
         Largest message; messages that a queue pair has under way at a time.
-    after : callable, optional
-        Called with each transfer that has completed without an error.
 
     Attributes
     ----------
@@ -88,10 +87,8 @@ class Traffic:
         Pages that READs brought and compared, and those that differed.
     """
 
-    def __init__(
-        self, session: OneSidedSession, message_bytes: int, depth: int, after: Callable[[Transfer], None] | None = None
-    ) -> None:  # fmt: skip
-        self.session, self.message_bytes, self.depth, self.after = session, message_bytes, depth, after
+    def __init__(self, session: OneSidedSession, message_bytes: int, depth: int) -> None:
+        self.session, self.message_bytes, self.depth = session, message_bytes, depth
         self.host: Host = session.requester
         self.lanes: list[_Lane] = []
         self.number = self.reads_checked = self.reads_lost = 0
@@ -109,16 +106,16 @@ class Traffic:
             raise_for(mr) if isinstance(mr, int) else None
             self.lanes.append(_Lane(connection, mr, base, slot, list(range(self.depth))[::-1]))
 
-    def run(self, transfers: Sequence[Transfer], rkey: int) -> Wait:
-        """Send all messages, spread over the queue pairs in turn, and wait until every one has completed."""
+    def run(self, transfers: Sequence[Transfer], mr: Mlx5IbMr) -> Wait:
+        """Send all messages to a region, spread over the queue pairs in turn, and wait until all have completed."""
         env = self.session.engine.env
         lanes = [
-            env.process(self._lane(lane, list(transfers[at :: len(self.lanes)]), rkey))
+            env.process(self._lane(lane, list(transfers[at :: len(self.lanes)]), mr))
             for at, lane in enumerate(self.lanes)
         ]
         yield simpy.AllOf(env, lanes)
 
-    def _lane(self, lane: _Lane, transfers: list[Transfer], rkey: int) -> Wait:
+    def _lane(self, lane: _Lane, transfers: list[Transfer], mr: Mlx5IbMr) -> Wait:
         thread = self.host.engine.thread("program")
         under_way: dict[int, tuple[Transfer, int, float, Any]] = {}
         waiting = transfers[::-1]
@@ -132,7 +129,7 @@ class Traffic:
                 local = lane.address(slot, transfer.address)
                 opcode = WrOpcode.RDMA_READ if transfer.read else WrOpcode.RDMA_WRITE
                 sge = Sge(local, transfer.length, lane.mr.lkey)
-                wr = SendWr(number, opcode, (sge,), remote_addr=transfer.address, rkey=rkey)
+                wr = SendWr(number, opcode, (sge,), remote_addr=transfer.address, rkey=mr.rkey)
                 yield from thread.sync()
                 under_way[number] = transfer, slot, thread.now, data
                 raise_for((yield from verbs.post_send(qp, thread, wr)))
@@ -140,6 +137,8 @@ class Traffic:
                 transfer, slot, start, data = under_way.pop(wc.wr_id)
                 lane.free.append(slot)
                 self._completed(lane, thread, wc, transfer, slot, start, data)
+                if wc.status == WcStatus.SUCCESS:
+                    self.session.look(transfer, mr)
             if qp.state.name == "ERR":
                 waiting.clear()
 
@@ -175,8 +174,6 @@ class Traffic:
             self._compare(lane, slot, transfer)
         else:
             area.write(transfer.address, data)
-        if good and self.after is not None:
-            self.after(transfer)
 
     def _compare(self, lane: _Lane, slot: int, transfer: Transfer) -> None:
         """Hold what a READ brought against what the area should hold."""

@@ -7,11 +7,11 @@ from typing import Self
 import numpy as np
 
 from kit.drivers.mlx5 import verbs
-from kit.drivers.mlx5.enums import MTT_PRESENT
+from kit.drivers.mlx5.objects import Mlx5IbMr
 from kit.errors import raise_for
 from kit.flows.rdma.content import Area, cpu_write
 from kit.flows.rdma.one_sided import OneSidedSession
-from kit.flows.rdma.traffic import Transfer, cut, transfers_of
+from kit.flows.rdma.traffic import cut, transfers_of
 from kit.flows.rdma_follows_migration.exporter import Exporter
 from kit.flows.rdma_follows_migration.movers import FileSystem, Gpu, Moved
 from kit.flows.rdma_follows_migration.parameters import FollowsParameters
@@ -34,10 +34,10 @@ class FollowsSession(OneSidedSession):
 
     def __init__(self, parameters: FollowsParameters, scenario: str = "") -> None:
         p = parameters
-        super().__init__(p, scenario, p.message_bytes, p.depth, p.qps, after=self._watch)
+        super().__init__(p, scenario, p.message_bytes, p.depth, p.qps)
         self.mover: Gpu | FileSystem | Exporter | None = None
         self.moved = Moved()
-        self.detected = self.numbers = 0
+        self.numbers = 0
 
     def extra_frames(self, host: str) -> int:
         """The responder has a GPU; its memory is in whole blocks of 2 MiB."""
@@ -85,6 +85,10 @@ class FollowsSession(OneSidedSession):
         """The buffer."""
         assert self.areas, "open_device comes first"
         return self.areas[0]
+
+    def is_told(self, mr: Mlx5IbMr) -> bool:
+        """Whether the adapter hears of what happens to a region's pages."""
+        return self.parameters.notifiers and super().is_told(mr)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -148,7 +152,7 @@ class FollowsSession(OneSidedSession):
     def _messages(self) -> Wait:
         p, area = self.parameters, self.area
         parts = cut(area, 0, area.pages, p.message_bytes)
-        yield from self.traffic.run(transfers_of(parts, p.operation, p.read_share, self.rng), self.mr.rkey)
+        yield from self.traffic.run(transfers_of(parts, p.operation, p.read_share, self.rng), self.mr)
 
     def _move_all(self) -> Wait:
         """Move every page; with the notifiers off nobody is told."""
@@ -164,45 +168,6 @@ class FollowsSession(OneSidedSession):
         if p.gpu_writes and p.move_when == "between":
             self.numbers += 1 << 20
             yield from self.mover.write(area, (1 << 31) + self.numbers, self.rng)
-
-    # -- what must never happen ------------------------------------------------------------------------------------
-
-    def _watch(self, transfer: Transfer) -> None:
-        """Look whether a message that has completed went to the pages that its addresses name now."""
-        stale = self._stale(transfer)
-        if not stale:
-            return
-        self.detected += stale
-        now, hca = self.engine.now, self.responder.dev.hca
-        self.engine.trace.span("dma_stale", hca.name, now, now, va=transfer.address, pages=stale, status="error")
-        word = "RDMA_READ from" if transfer.read else "RDMA_WRITE to"
-        self.errors.append(
-            f"stale data: {word} {transfer.address:#x} used {stale} pages that these addresses no longer name"
-        )
-
-    def _stale(self, transfer: Transfer) -> int:
-        """Return how many of a message's pages the adapter would look for in a place where they are not."""
-        if self.parameters.notifiers:
-            return 0
-        hca, mr = self.responder.dev.hca, self.mr
-        key = mr.mmkey.key
-        if mr.is_odp_implicit:
-            child = mr.implicit_children.get(transfer.address >> self.responder.dev.imr.mtt_shift)
-            if child is None:
-                return 0
-            mr, key = child, child.mmkey.key
-        hardware = hca.mkeys.get(key)
-        if hardware is None:
-            return 0
-        shift = hardware.mkc.log_page_size
-        pages = np.arange(transfer.address // PAGE, -(-(transfer.address + transfer.length) // PAGE))
-        entries = hardware.xlt[(pages - mr.iova // PAGE) >> (shift - 12)]
-        there = (entries & np.uint64(MTT_PRESENT)) != 0
-        pfns, _ = hca.dma.resolve(entries & ~np.uint64(MTT_PRESENT))
-        if shift > 12:
-            pfns = pfns + (pages & ((1 << (shift - 12)) - 1))
-        real = transfer.area.frames(self.responder.mm, int(pages[0]), len(pages))
-        return int((there & (pfns != real)).sum())
 
     # -- the result --------------------------------------------------------------------------------------------------
 
