@@ -184,8 +184,7 @@ def dmirror_allocate_chunk(mdevice: DmirrorDevice, thread: Thread, is_large: boo
 @waiting_step
 def dmirror_devmem_alloc_page(dmirror: Dmirror, thread: Thread, n: int, is_large: bool) -> Wait:
     """Take `n` pages or folios, locked and referenced; returns their heads, fewer when there is no more memory."""
-    mdevice, memory = dmirror.mdevice, dmirror.mdevice.memory
-    order = HPAGE_PMD_ORDER if is_large else 0
+    mdevice, memory, order = dmirror.mdevice, dmirror.mdevice.memory, HPAGE_PMD_ORDER if is_large else 0
     n = (yield from mdevice.make_room(thread, n << order)) >> order
     heads = mdevice.take(n, is_large)
     while len(heads) < n and not (yield from dmirror_allocate_chunk(mdevice, thread, is_large)):
