@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from kit.memory.vma import Vma
+    from kit.memory.space.vma import Vma
     from kit.sim.engine import Thread, Wait
 
 PAGE = 4096

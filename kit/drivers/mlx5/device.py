@@ -9,15 +9,15 @@ from kit.drivers.mlx5.descriptors import HcaCaps, OdpCaps
 from kit.drivers.mlx5.enums import NO_GENERAL, PAGE_SHIFT, U64_MAX, Era, OdpGeneral, OdpTransport
 from kit.drivers.mlx5.inject import Injection
 from kit.drivers.mlx5.objects import IbPd, Mlx5IbMkey
-from kit.drivers.mlx5.waiting import Semaphore, WaitQueue, Workqueue
+from kit.drivers.mlx5.core.waiting import Semaphore, WaitQueue, Workqueue
 from kit.sim.costs import Costs
 from kit.sim.engine import Lock, Thread
 from kit.sim.trace import step
 
 if TYPE_CHECKING:
-    from kit.drivers.mlx5.hca import Hca
-    from kit.drivers.mlx5.mkey_cache import MkeyCache
-    from kit.drivers.mlx5.pf_eq import PfEq
+    from kit.drivers.mlx5.adapter.hca import Hca
+    from kit.drivers.mlx5.mr.mkey_cache import MkeyCache
+    from kit.drivers.mlx5.odp.pf_eq import PfEq
     from kit.sim.engine import Engine
 
 __all__ = [
@@ -161,7 +161,7 @@ class Mlx5IbDev:
     def __init__(
         self, hca: Hca, costs: Costs, era: Era = Era.MID, options: OdpOptions | None = None
     ) -> None:  # fmt: skip
-        from kit.drivers.mlx5.mkey_cache import MkeyCache
+        from kit.drivers.mlx5.mr.mkey_cache import MkeyCache
 
         self.hca, self.costs, self.era = hca, costs, era
         self.engine: Engine = hca.engine

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from kit.drivers.mlx5.enums import PAGE_SHIFT
-from kit.drivers.mlx5.waiting import WaitQueue
+from kit.drivers.mlx5.core.waiting import WaitQueue
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
-    from kit.drivers.mlx5.mkey_cache import CacheEnt
-    from kit.drivers.mlx5.umem import IbUmem
-    from kit.drivers.mlx5.umem_odp import IbUmemOdp
-    from kit.memory.mm import Mm
+    from kit.drivers.mlx5.mr.mkey_cache import CacheEnt
+    from kit.drivers.mlx5.umem.umem import IbUmem
+    from kit.drivers.mlx5.umem.odp import IbUmemOdp
+    from kit.memory.space.mm import Mm
 
 __all__ = [
     "MKEY_IMPLICIT_CHILD", "MKEY_INDIRECT_DEVX", "MKEY_MR", "MKEY_MW", "MKEY_NULL", "PF_DOWNGRADE", "PF_ENABLE",

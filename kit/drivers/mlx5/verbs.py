@@ -16,14 +16,14 @@ import numpy as np
 from kit.drivers.mlx5.descriptors import OdpCaps, RecvWr, SendWr, Sge, Wc
 from kit.drivers.mlx5.enums import Era, QpState, SendFlags, WcStatus, WrOpcode
 from kit.drivers.mlx5.objects import IbPd
-from kit.drivers.mlx5.qp import ATOMICS, Cq, Qp, RecvWqe, SendWqe, Srq
-from kit.drivers.mlx5.requester import kick
+from kit.drivers.mlx5.adapter.qp import ATOMICS, Cq, Qp, RecvWqe, SendWqe, Srq
+from kit.drivers.mlx5.adapter.requester import kick
 from kit.errors import Errno
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
     from kit.drivers.mlx5.objects import Mlx5IbMr
-    from kit.memory.mm import Mm
+    from kit.memory.space.mm import Mm
     from kit.sim.engine import Thread, Wait
 
 __all__ = [
@@ -163,7 +163,7 @@ def reg_mr(pd: IbPd, thread: Thread, addr: int, length: int, access: int, iova: 
 
     ``addr`` 0 with ``length`` 2**64 - 1 and ON_DEMAND is the whole address space.
     """
-    from kit.drivers.mlx5.mr import ib_uverbs_reg_mr
+    from kit.drivers.mlx5.mr.reg import ib_uverbs_reg_mr
 
     return (yield from ib_uverbs_reg_mr(pd.dev, thread, pd, addr, length, addr if iova is None else iova, access))
 
@@ -175,7 +175,7 @@ def reg_mr_ex(
 
     Older kernels have no such call: the library takes the old one, which cannot carry a handle (-EOPNOTSUPP).
     """
-    from kit.drivers.mlx5.mr import ib_uverbs_reg_mr
+    from kit.drivers.mlx5.mr.reg import ib_uverbs_reg_mr
 
     if dmah is not None and pd.dev.era < Era.NEW:
         return Errno(errno.EOPNOTSUPP, "ibv_cmd_reg_mr_ex", "the kernel does not know DMA handles")
@@ -195,14 +195,14 @@ def reg_dmabuf_mr(pd: IbPd, thread: Thread, offset: int, length: int, iova: int,
     fd : int
         The process's descriptor of the dma-buf.
     """
-    from kit.drivers.mlx5.dmabuf import ib_uverbs_handler_UVERBS_METHOD_REG_DMABUF_MR as handler
+    from kit.drivers.mlx5.mr.dmabuf import ib_uverbs_handler_UVERBS_METHOD_REG_DMABUF_MR as handler
 
     return (yield from handler(pd.dev, thread, pd, offset, length, iova, fd, access))
 
 
 def dereg_mr(mr: Mlx5IbMr, thread: Thread) -> Wait:
     """Deregister; returns 0 or a negative errno."""
-    from kit.drivers.mlx5.dereg import mlx5_ib_dereg_mr
+    from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
 
     thread.charge(mr.dev.costs.verb)
     return (yield from mlx5_ib_dereg_mr(mr, thread))
@@ -210,7 +210,7 @@ def dereg_mr(mr: Mlx5IbMr, thread: Thread) -> Wait:
 
 def advise_mr(pd: IbPd, thread: Thread, advice: int, flags: int, sg_list: Sequence[Sge]) -> Wait:
     """Prefetch ranges of on-demand regions; returns 0 or a negative errno."""
-    from kit.drivers.mlx5.advise import ib_uverbs_advise_mr
+    from kit.drivers.mlx5.odp.advise import ib_uverbs_advise_mr
 
     return (yield from ib_uverbs_advise_mr(pd, thread, advice, flags, sg_list))
 
@@ -250,7 +250,7 @@ def _inline(qp: Qp, thread: Thread, wr: SendWr) -> Wait:
     """Copy the payload into the work request, as the library does: by the CPU, with no key."""
     data = wr.inline_data
     if data is None:
-        from kit.memory.access import read_bytes
+        from kit.memory.space.access import read_bytes
 
         data = np.zeros(sum(s.length for s in wr.sg_list), dtype=np.uint8)
         at = 0

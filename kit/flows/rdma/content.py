@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.mlx5.payload import gather, scatter
+from kit.drivers.mlx5.adapter.payload import gather, scatter
 from kit.flows.run import Integrity
-from kit.memory.access import store, write_bytes
+from kit.memory.space.access import store, write_bytes
 from kit.memory.types import PAGE, Kind
 
 if TYPE_CHECKING:
-    from kit.memory.mm import Mm
+    from kit.memory.space.mm import Mm
+    from kit.memory.space.vma import Vma
     from kit.sim.engine import Thread, Wait
 
 __all__ = ["Area", "add_up", "cpu_write", "frames_of", "message_bytes", "peek"]
@@ -83,8 +84,13 @@ class Area:
             self.model[pages] = 0
 
     def frames(self, mm: Mm, first: int, count: int) -> NDArray[np.int64]:
-        """Return the page that each virtual page number names, -1 where it names none."""
-        return frames_of(mm, first, count)
+        """Return the page that each virtual page number stands for, mapped or in a file's cache; -1: none."""
+        found, kind = frames_of(mm, first, count), mm.table.kind[mm.table.slots(first, count)]
+        for vma in mm.vmas_in(first, count):
+            if vma.file is not None:
+                at, _index, cached = _cached(vma, first, count, kind)
+                found[at] = cached
+        return found
 
     def check(self, mm: Mm) -> tuple[int, int]:
         """Return how many pages were compared with memory and how many of them differ; nothing is faulted in."""
@@ -145,20 +151,24 @@ def peek(mm: Mm, first: int, count: int) -> Words:
     return found
 
 
-def _peek_file(found: Words, vma: object, first: int, count: int, kind: NDArray[np.uint8]) -> None:
+def _peek_file(found: Words, vma: Vma, first: int, count: int, kind: NDArray[np.uint8]) -> None:
     """Fill in pages of a mapped file that no entry names."""
-    from kit.memory.vma import Vma
+    at, index, cached = _cached(vma, first, count, kind)
+    there = cached >= 0
+    found[at[there]] = vma.mm.memory.payload[cached[there]]
+    if vma.file is not None and not vma.file.shmem:
+        found[at[~there]] = vma.file.data[index[~there]]
 
-    if not isinstance(vma, Vma) or vma.file is None:
-        return
+
+def _cached(
+    vma: Vma, first: int, count: int, kind: NDArray[np.uint8]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return of the pages of [first, first + count) that no entry names: where, index in the file, page or -1."""
+    assert vma.file is not None
     low, high = max(vma.first, first), min(vma.end, first + count)
     at = np.flatnonzero(kind[low - first : high - first] == Kind.NONE) + low - first
     index = at + first - vma.first + vma.pgoff
-    cached = vma.file.cache[index]
-    there = cached >= 0
-    found[at[there]] = vma.file.memory.payload[cached[there]]
-    if not vma.file.shmem:
-        found[at[~there]] = vma.file.data[index[~there]]
+    return at, index, vma.file.cache[index].astype(np.int64)
 
 
 def message_bytes(address: int, length: int, number: int, whole: bool, rng: np.random.Generator) -> Bytes:
