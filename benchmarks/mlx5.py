@@ -28,8 +28,8 @@ class Pair:
     """Two hosts of the ConnectX-5 profile; pages carry 8 bytes."""
 
     def __init__(self, frames: int, seed: int = 0) -> None:
+        from kit.drivers.mlx5.adapter.fabric import Fabric
         from kit.drivers.mlx5.costs import COSTS, make_costs
-        from kit.drivers.mlx5.fabric import Fabric
         from kit.memory.costs import COSTS as MM_COSTS
         from kit.memory.costs import make_costs as make_mm_costs
         from kit.sim.engine import Engine
@@ -42,13 +42,13 @@ class Pair:
         self.client, self.server = self._host("client", frames), self._host("server", frames)
 
     def _host(self, name: str, frames: int) -> SimpleNamespace:
+        from kit.drivers.mlx5.adapter.hca import Hca
         from kit.drivers.mlx5.device import Mlx5IbDev
-        from kit.drivers.mlx5.hca import Hca
-        from kit.drivers.mlx5.mkey_cache import mlx5_mkey_cache_init, warm_cache
+        from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init, warm_cache
         from kit.drivers.mlx5.objects import IbPd
         from kit.drivers.mlx5.verbs import open_device
-        from kit.memory.mm import Mm
-        from kit.memory.pages import PhysicalMemory
+        from kit.memory.physical.pages import PhysicalMemory
+        from kit.memory.space.mm import Mm
 
         memory = PhysicalMemory(self.engine, frames, payload_bytes=8)
         mm = Mm(memory, self.engine, self.mm_costs, name)
@@ -68,8 +68,8 @@ class Pair:
         """Map a buffer of small pages and register it; returns its address and the region."""
         from kit.drivers.mlx5.types import U64_MAX, Access
         from kit.drivers.mlx5.verbs import reg_mr
-        from kit.memory.madvise import madvise
-        from kit.memory.mmap import mmap
+        from kit.memory.syscalls.madvise import madvise
+        from kit.memory.syscalls.mmap import mmap
         from kit.memory.types import MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
         flags = MAP_PRIVATE | MAP_ANONYMOUS
@@ -109,7 +109,7 @@ class Pair:
 def _faults(kind: str, size: int, count: int, side: str) -> tuple[float, float]:
     """Return wall-clock and simulated seconds of as many cold messages, one page fault each on one side."""
     from kit.drivers.mlx5.types import Sge
-    from kit.memory.madvise import madvise
+    from kit.memory.syscalls.madvise import madvise
     from kit.memory.types import MADV_DONTNEED
 
     pages = size * count // PAGE if size == PAGE else size // PAGE
@@ -166,10 +166,10 @@ def faults() -> list[Figure]:
 
 def invalidations(count: int = 4000) -> list[Figure]:
     """Pages given up one by one, each of which the device has mapped."""
-    from kit.drivers.mlx5.advise import ADVISE_FLUSH, PREFETCH_WRITE
+    from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH_WRITE
     from kit.drivers.mlx5.types import Sge
     from kit.drivers.mlx5.verbs import advise_mr
-    from kit.memory.madvise import madvise
+    from kit.memory.syscalls.madvise import madvise
     from kit.memory.types import MADV_DONTNEED
 
     pair, walls = Pair(2 * count + 4096), []

@@ -13,9 +13,9 @@ import numpy as np
 
 from kit.drivers.gpu_buffers import COSTS, GTT, HOST, VRAM, AmdgpuBo, AmdgpuDevice, Pfns
 from kit.errors import Errno
-from kit.memory.dma_buf import dma_buf_export, dma_buf_move_notify
-from kit.memory.dma_buf_types import DmaBuf, DmaBufAttachment, DmaBufOps, SgTable
-from kit.memory.dma_resv import DMA_RESV_USAGE_KERNEL, DmaFence, dma_resv_add_fence
+from kit.memory.device.dma_buf import dma_buf_export, dma_buf_move_notify
+from kit.memory.device.dma_buf_types import DmaBuf, DmaBufAttachment, DmaBufOps, SgTable
+from kit.memory.device.dma_resv import DMA_RESV_USAGE_KERNEL, DmaFence, dma_resv_add_fence
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:

@@ -17,13 +17,9 @@ from numpy.typing import NDArray
 
 from kit.drivers.dmirror_types import DPT_NONE, DPT_READ, DPT_XA_TAG_WRITE, FAULT_BATCH, DmirrorDevice, DmirrorFile
 from kit.errors import Errno
-from kit.memory.cpu_table import CpuTable
-from kit.memory.exit import mmput
-from kit.memory.hmm import HMM_RANGE_DEFAULT_TIMEOUT, HmmRange, hmm_pfn_to_pfn, hmm_range_fault
-from kit.memory.hmm_entries import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE
-from kit.memory.memremap import DevPagemap, DevPagemapOps, memremap_pages, page_pgmap, zone_device_folio_init
-from kit.memory.migrate_device import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
-from kit.memory.migrate_vma import (
+from kit.memory.device.memremap import DevPagemap, DevPagemapOps, memremap_pages, page_pgmap, zone_device_folio_init
+from kit.memory.device.migrate_device import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
+from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
@@ -35,8 +31,9 @@ from kit.memory.migrate_vma import (
     migrate_pfn_to_pfn,
     migrate_pieces,
 )
-from kit.memory.mm import Mm
-from kit.memory.mmu_notifier import (
+from kit.memory.mirror.hmm import HMM_RANGE_DEFAULT_TIMEOUT, HmmRange, hmm_pfn_to_pfn, hmm_range_fault
+from kit.memory.mirror.hmm_entries import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE
+from kit.memory.mirror.mmu_notifier import (
     mmu_interval_notifier_insert,
     mmu_interval_notifier_remove,
     mmu_interval_read_begin,
@@ -44,9 +41,12 @@ from kit.memory.mmu_notifier import (
     mmu_interval_set_seq,
     mmu_notifier_lock,
 )
-from kit.memory.mmu_notifier_types import EVENTS, MmuIntervalNotifier, MmuIntervalNotifierOps, MmuNotifierRange
+from kit.memory.mirror.mmu_notifier_types import EVENTS, MmuIntervalNotifier, MmuIntervalNotifierOps, MmuNotifierRange
+from kit.memory.space.mm import Mm
+from kit.memory.space.vma import Vma
+from kit.memory.syscalls.exit import mmput
+from kit.memory.table.cpu_table import CpuTable
 from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, VM_FAULT_OOM, VM_FAULT_SIGBUS, Vmf
-from kit.memory.vma import Vma
 from kit.sim.engine import Lock, Thread, Wait
 from kit.sim.trace import step, waiting_step
 

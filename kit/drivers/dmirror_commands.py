@@ -27,18 +27,15 @@ from kit.drivers.dmirror_types import (
     HmmDmirrorCmd,
 )  # fmt: skip
 from kit.errors import Errno
-from kit.memory.exclusive import make_device_exclusive
-from kit.memory.exit import mmput
-from kit.memory.hmm import HMM_RANGE_DEFAULT_TIMEOUT, HmmRange, hmm_pfn_to_map_order, hmm_pfn_to_pfn, hmm_range_fault
-from kit.memory.hmm_entries import HMM_PFN_ERROR, HMM_PFN_VALID, HMM_PFN_WRITE
-from kit.memory.memremap import (
+from kit.memory.device.exclusive import make_device_exclusive
+from kit.memory.device.memremap import (
     MEMORY_DEVICE_COHERENT,
     MEMORY_DEVICE_PRIVATE,
     DevPagemap,
     memunmap_pages,
     pgmaps_where,
 )  # fmt: skip
-from kit.memory.migrate_device import (
+from kit.memory.device.migrate_device import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
@@ -48,7 +45,15 @@ from kit.memory.migrate_device import (
     migrate_pfn,
     migrate_pfn_to_pfn,
 )  # fmt: skip
-from kit.memory.mmu_notifier import (
+from kit.memory.mirror.hmm import (
+    HMM_RANGE_DEFAULT_TIMEOUT,
+    HmmRange,
+    hmm_pfn_to_map_order,
+    hmm_pfn_to_pfn,
+    hmm_range_fault,
+)
+from kit.memory.mirror.hmm_entries import HMM_PFN_ERROR, HMM_PFN_VALID, HMM_PFN_WRITE
+from kit.memory.mirror.mmu_notifier import (
     MmuIntervalNotifier,
     MmuIntervalNotifierOps,
     MmuNotifierRange,
@@ -59,7 +64,8 @@ from kit.memory.mmu_notifier import (
     mmu_interval_set_seq,
     mmu_notifier_lock,
 )  # fmt: skip
-from kit.memory.pages import ZERO_PFN
+from kit.memory.physical.pages import ZERO_PFN
+from kit.memory.syscalls.exit import mmput
 from kit.memory.types import HPAGE_PMD_NR
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step

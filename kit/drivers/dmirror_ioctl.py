@@ -33,9 +33,7 @@ from kit.drivers.dmirror_types import (
     HmmDmirrorCmd,
 )  # fmt: skip
 from kit.errors import Errno
-from kit.memory.alloc import alloc_folios
-from kit.memory.exit import mmput
-from kit.memory.migrate_device import (
+from kit.memory.device.migrate_device import (
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
     MIGRATE_VMA_SELECT_COMPOUND,
@@ -44,9 +42,11 @@ from kit.memory.migrate_device import (
     migrate_vma_pages,
     migrate_vma_setup,
 )  # fmt: skip
+from kit.memory.physical.alloc import alloc_folios
+from kit.memory.space.vm_insert import vm_insert_pages
+from kit.memory.space.vma import Vma
+from kit.memory.syscalls.exit import mmput
 from kit.memory.types import VM_READ
-from kit.memory.vm_insert import vm_insert_pages
-from kit.memory.vma import Vma
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import waiting_step
 

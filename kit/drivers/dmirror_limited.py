@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.drivers.dmirror_types import DPT_NONE, HMM_DMIRROR_MEMORY_DEVICE_PRIVATE, DmirrorDevice, Pfns
-from kit.memory.alloc import alloc_folios
-from kit.memory.migrate_device import (
+from kit.memory.device.migrate_device import (
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
     migrate_device_finalize,
@@ -24,13 +23,14 @@ from kit.memory.migrate_device import (
     migrate_pfn,
     migrate_pfn_to_pfn,
 )
+from kit.memory.physical.alloc import alloc_folios
 from kit.memory.types import HPAGE_PMD_NR
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kit.memory.mm import Mm
-    from kit.memory.pages import PhysicalMemory
+    from kit.memory.physical.pages import PhysicalMemory
+    from kit.memory.space.mm import Mm
     from kit.sim.engine import Thread, Wait
 
 __all__ = ["HAND_OVER", "MIGRATE", "LimitedDevice"]

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.alloc import alloc_folios
-from kit.memory.cpu_table import CpuTable
-from kit.memory.memremap import DevPagemap
-from kit.memory.migrate_vma import MIGRATE_VMA_SELECT_DEVICE_COHERENT, MIGRATE_VMA_SELECT_DEVICE_PRIVATE
+from kit.memory.device.memremap import DevPagemap
+from kit.memory.device.migrate_vma import MIGRATE_VMA_SELECT_DEVICE_COHERENT, MIGRATE_VMA_SELECT_DEVICE_PRIVATE
+from kit.memory.physical.alloc import alloc_folios
+from kit.memory.table.cpu_table import CpuTable
 from kit.memory.types import HPAGE_PMD_NR
 from kit.sim.costs import Costs
 from kit.sim.engine import Lock, Thread, Wait
 
 if TYPE_CHECKING:
     from kit.drivers.dmirror import Dmirror
-    from kit.memory.mm import Mm
-    from kit.memory.pages import PhysicalMemory
-    from kit.memory.vma import Vma
+    from kit.memory.physical.pages import PhysicalMemory
+    from kit.memory.space.mm import Mm
+    from kit.memory.space.vma import Vma
 
 __all__ = [
     "COSTS", "DEVMEM_CHUNK_SIZE", "DPT_NONE", "DPT_READ", "DPT_XA_TAG_ATOMIC", "DPT_XA_TAG_WRITE", "FAULT_BATCH",

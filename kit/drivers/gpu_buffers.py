@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.dma_resv import DmaResv
-from kit.memory.memremap import DEVICE_PRIVATE, DevPagemap, DevPagemapOps, plug_in
+from kit.memory.device.dma_resv import DmaResv
+from kit.memory.device.memremap import DEVICE_PRIVATE, DevPagemap, DevPagemapOps, plug_in
 
 if TYPE_CHECKING:
-    from kit.memory.dma_buf_types import DmaBuf
-    from kit.memory.pages import PhysicalMemory
+    from kit.memory.device.dma_buf_types import DmaBuf
+    from kit.memory.physical.pages import PhysicalMemory
     from kit.sim.costs import Costs
     from kit.sim.engine import Engine
 

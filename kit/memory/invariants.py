@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.files.file import File
 from kit.memory.device.memremap import MEMORY_DEVICE_PRIVATE
+from kit.memory.files.file import File
 from kit.memory.types import HPAGE_PMD_NR, PG, VM_HUGETLB, Bit, Kind
 
 if TYPE_CHECKING:
-    from kit.memory.space.mm import Mm
     from kit.memory.physical.pages import PhysicalMemory
+    from kit.memory.space.mm import Mm
 
 __all__ = ["check_invariants"]
 

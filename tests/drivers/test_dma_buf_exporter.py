@@ -19,7 +19,7 @@ from kit.drivers.dma_buf_exporter import (
 )
 from kit.drivers.dmirror_types import COSTS as KNOWN
 from kit.errors import Errno
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
 from kit.sim.engine import Engine, Wait
 
 

@@ -11,12 +11,12 @@ from kit.drivers import dmirror_types as driver
 from kit.drivers.dmirror import dmirror_device_init, dmirror_fops_open, dmirror_fops_release
 from kit.drivers.dmirror_ioctl import dmirror_fops_unlocked_ioctl
 from kit.drivers.dmirror_types import DmirrorDevice, HmmDmirrorCmd
-from kit.memory.access import load, store
 from kit.memory.costs import COSTS, make_costs
-from kit.memory.exit import exit_mmap
-from kit.memory.mm import Mm
-from kit.memory.mmap import mmap, mprotect, munmap
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.space.access import load, store
+from kit.memory.space.mm import Mm
+from kit.memory.syscalls.exit import exit_mmap
+from kit.memory.syscalls.mmap import mmap, mprotect, munmap
 from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, PROT_NONE, PROT_READ, PROT_WRITE, Kind
 from kit.sim.engine import Engine
 

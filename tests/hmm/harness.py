@@ -24,19 +24,19 @@ from kit.drivers.dmirror_types import (
     DmirrorDevice,
     HmmDmirrorCmd,
 )
-from kit.memory.access import load, read_bytes, store, write_bytes
 from kit.memory.costs import COSTS, make_costs
-from kit.memory.exit import mmput
-from kit.memory.file import File
-from kit.memory.filemap import pread, pwrite, truncate
-from kit.memory.fork import fork
-from kit.memory.gup import get_user_pages, pin_user_pages, pin_user_pages_fast, unpin_user_pages
+from kit.memory.files.file import File
+from kit.memory.files.filemap import pread, pwrite, truncate
 from kit.memory.invariants import check_invariants
-from kit.memory.madvise import madvise
-from kit.memory.mm import Mm
-from kit.memory.mmap import mmap, mprotect, mremap, munmap
-from kit.memory.pages import PhysicalMemory
-from kit.memory.swap import folio_free_swap
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.physical.swap import folio_free_swap
+from kit.memory.space.access import load, read_bytes, store, write_bytes
+from kit.memory.space.gup import get_user_pages, pin_user_pages, pin_user_pages_fast, unpin_user_pages
+from kit.memory.space.mm import Mm
+from kit.memory.syscalls.exit import mmput
+from kit.memory.syscalls.fork import fork
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import mmap, mprotect, mremap, munmap
 from kit.memory.types import (
     FOLL_LONGTERM,
     FOLL_WRITE,

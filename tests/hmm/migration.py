@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hmm.harness import Fixture, Program
 
-from kit.memory.memremap import (
+from kit.memory.device.memremap import (
     MEMORY_DEVICE_COHERENT,
     MEMORY_DEVICE_PRIVATE,
     DevPagemap,
@@ -15,7 +15,7 @@ from kit.memory.memremap import (
     memremap_pages,
     zone_device_folio_init,
 )
-from kit.memory.migrate_device import (
+from kit.memory.device.migrate_device import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kit.memory.mm import Mm
+from kit.memory.space.mm import Mm
 from kit.memory.types import PG, VM_HUGEPAGE, VM_IO, VM_PFNMAP, VM_READ, VM_WRITE, Bit, Kind
 
 VALID, WRITE, ERROR = 1 << 63, 1 << 62, 1 << 61

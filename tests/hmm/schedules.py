@@ -25,7 +25,7 @@ from kit.drivers.dmirror_types import (
     HMM_DMIRROR_WRITE,
 )
 from kit.errors import DriverError
-from kit.memory.reclaim import reclaim_pages
+from kit.memory.reclaim.reclaim import reclaim_pages
 from kit.memory.types import MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MAP_FIXED, PAGE, PROT_READ, Bit, Kind
 
 WORDS = PAGE // 8

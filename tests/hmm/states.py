@@ -8,7 +8,7 @@ import numpy as np
 from hmm.harness import ANON, RW, TWOMEG, Buffer, Fixture, Process, Program
 
 from kit.drivers.dmirror_types import HMM_DMIRROR_EXCLUSIVE, HMM_DMIRROR_MIGRATE_TO_DEV
-from kit.memory.reclaim import reclaim_pages
+from kit.memory.reclaim.reclaim import reclaim_pages
 from kit.memory.types import (
     MADV_HUGEPAGE,
     MADV_NOHUGEPAGE,

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kit.drivers.dmirror_types import HMM_DMIRROR_EXCLUSIVE, HMM_DMIRROR_MIGRATE_TO_DEV
-from kit.memory import migrate_device as md
-from kit.memory.reclaim import reclaim_pages
+from kit.memory.device import migrate_device as md
+from kit.memory.reclaim.reclaim import reclaim_pages
 from kit.memory.types import (
     MADV_HUGEPAGE,
     MADV_NOHUGEPAGE,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from kit.memory.costs import make_costs
-from kit.memory.memremap import DEVICE_PRIVATE, DevPagemap, memremap_pages, zone_device_folio_init
-from kit.memory.migrate_device import (
+from kit.memory.device.memremap import DEVICE_PRIVATE, DevPagemap, memremap_pages, zone_device_folio_init
+from kit.memory.device.migrate_device import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
@@ -20,17 +20,17 @@ from kit.memory.migrate_device import (
     migrate_vma_pages,
     migrate_vma_setup,
 )
-from kit.memory.mm import Mm
-from kit.memory.mmu_notifier import (
+from kit.memory.mirror.mmu_notifier import (
     MmuIntervalNotifier,
     MmuIntervalNotifierOps,
     mmu_interval_notifier_insert,
     mmu_interval_set_seq,
 )
-from kit.memory.pages import PhysicalMemory
-from kit.memory.rmap import add_anon_rmap
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.reclaim.rmap import add_anon_rmap
+from kit.memory.space.mm import Mm
+from kit.memory.space.vma import Vma
 from kit.memory.types import VM_READ, VM_WRITE, Bit, Kind
-from kit.memory.vma import Vma
 from kit.sim.engine import Engine
 
 FIRST = 512 * 40  # page of the first area

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kit.memory.content import Content
-from kit.memory.frames import Frames
+from kit.memory.physical.content import Content
+from kit.memory.physical.frames import Frames
 
 
 def content(pages: int) -> tuple[Content, Frames]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kit.errors import Errno
 from kit.memory.costs import make_costs
-from kit.memory.dma_buf import (
+from kit.memory.device.dma_buf import (
     DmaBuf,
     DmaBufAttachment,
     DmaBufAttachOps,
@@ -30,15 +30,15 @@ from kit.memory.dma_buf import (
     dma_buf_unmap_attachment,
     dma_buf_unpin,
 )
-from kit.memory.dma_resv import (
+from kit.memory.device.dma_resv import (
     DMA_RESV_USAGE_KERNEL,
     DMA_RESV_USAGE_WRITE,
     DmaFence,
     dma_resv_add_fence,
     dma_resv_wait_timeout,
 )
-from kit.memory.mm import Mm
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.space.mm import Mm
 from kit.sim.engine import Engine, Thread, Wait
 
 

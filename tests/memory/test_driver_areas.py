@@ -13,16 +13,18 @@ import pytest
 from hypothesis import given, settings
 
 from kit.errors import DriverError, Errno
-from kit.memory.access import touch
-from kit.memory.alloc import alloc_pages_exact, free_pages_exact
 from kit.memory.costs import COSTS, make_costs
-from kit.memory.exit import exit_mmap
-from kit.memory.gup import pin_user_pages_fast, unpin_user_pages
 from kit.memory.invariants import check_invariants
-from kit.memory.mm import Mm
-from kit.memory.mmap import mmap, munmap
-from kit.memory.pages import PhysicalMemory
-from kit.memory.special import install_special_mapping
+from kit.memory.physical.alloc import alloc_pages_exact, free_pages_exact
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.space.access import touch
+from kit.memory.space.gup import pin_user_pages_fast, unpin_user_pages
+from kit.memory.space.mm import Mm
+from kit.memory.space.special import install_special_mapping
+from kit.memory.space.vm_insert import insert_run, zap_run
+from kit.memory.space.vma import Vma
+from kit.memory.syscalls.exit import exit_mmap
+from kit.memory.syscalls.mmap import mmap, munmap
 from kit.memory.types import (
     FAULT_FLAG_MKWRITE,
     FAULT_FLAG_WRITE,
@@ -43,8 +45,6 @@ from kit.memory.types import (
     Bit,
     Vmf,
 )
-from kit.memory.vm_insert import insert_run, zap_run
-from kit.memory.vma import Vma
 from kit.sim.engine import Engine, Thread, Wait
 
 SHARED = VM_READ | VM_WRITE | VM_SHARED | VM_MIXEDMAP | VM_DONTCOPY

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from kit.memory.alloc import alloc_pages_exact, free_pages_exact
-from kit.memory.frames import Frames
 from kit.memory.invariants import check_invariants
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.alloc import alloc_pages_exact, free_pages_exact
+from kit.memory.physical.frames import Frames
+from kit.memory.physical.pages import PhysicalMemory
 from kit.sim.engine import Engine
 
 STEPS = st.lists(st.tuples(st.sampled_from(["run", "run", "pages", "huge", "free"]), st.integers(1, 600)), max_size=50)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from memory.mmworld import COMPOUND, FIRST, MIGRATE, RW, VALID, WRITE, World
 
-from kit.memory.huge_split import __split_huge_pmd
-from kit.memory.memremap import DEVICE_COHERENT, DevPagemap, memremap_pages, memunmap_pages
-from kit.memory.migrate_device import (
+from kit.memory.device.memremap import DEVICE_COHERENT, DevPagemap, memremap_pages, memunmap_pages
+from kit.memory.device.migrate_device import (
     MIGRATE_VMA_SELECT_COMPOUND,
     MIGRATE_VMA_SELECT_DEVICE_COHERENT,
     MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
@@ -24,6 +23,7 @@ from kit.memory.migrate_device import (
     migrate_vma_finalize,
     migrate_vma_pages,
 )
+from kit.memory.huge.huge_split import __split_huge_pmd
 from kit.memory.types import VM_HUGETLB, VM_PFNMAP, VM_READ, Bit, Kind, Leaf
 
 SYSTEM, PRIVATE = MIGRATE_VMA_SELECT_SYSTEM, MIGRATE_VMA_SELECT_DEVICE_PRIVATE
@@ -446,7 +446,7 @@ def test_two_migrations_of_the_same_pages_share_them_out():
     threads = [world.engine.thread("one"), world.engine.thread("two")]
 
     def go(args, thread):
-        from kit.memory.migrate_device import migrate_vma_setup
+        from kit.memory.device.migrate_device import migrate_vma_setup
 
         yield from migrate_vma_setup(args, thread)
         thread.charge(5.0)

@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kit.errors import DriverError
-from kit.memory.access import load, store
 from kit.memory.costs import make_costs
-from kit.memory.exit import exit_mmap
-from kit.memory.fork import fork
 from kit.memory.invariants import check_invariants
-from kit.memory.madvise import madvise
-from kit.memory.mm import Mm
-from kit.memory.mmap import mmap, mprotect, mremap, munmap
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.space.access import load, store
+from kit.memory.space.mm import Mm
+from kit.memory.syscalls.exit import exit_mmap
+from kit.memory.syscalls.fork import fork
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import mmap, mprotect, mremap, munmap
 from kit.memory.types import (
     MADV_COLLAPSE,
     MADV_DONTNEED,

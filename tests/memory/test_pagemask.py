@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kit.memory import pagemask
+from kit.memory.table import pagemask
 
 PAGES = st.sets(st.integers(0, 511))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.memory.pagetable import GEOMETRIES, PageTable
+from kit.memory.table.pagetable import GEOMETRIES, PageTable
 
 BASE = 0x7F00_0000_0
 

@@ -12,8 +12,8 @@ import numpy as np
 from drivers.mlx5.two_hosts import Side, World
 from numpy.typing import NDArray
 
-from kit.drivers.mlx5.advise import ADVISE_FLUSH, PREFETCH_WRITE
-from kit.drivers.mlx5.qp import Qp
+from kit.drivers.mlx5.adapter.qp import Qp
+from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH_WRITE
 from kit.drivers.mlx5.types import (
     PAGE,
     U64_MAX,
@@ -45,9 +45,9 @@ from kit.drivers.mlx5.verbs import (
     reg_mr_ex,
     wait_cq,
 )
-from kit.memory.access import read_bytes, write_bytes
-from kit.memory.madvise import madvise
-from kit.memory.mmap import mmap
+from kit.memory.space.access import read_bytes, write_bytes
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import mmap
 from kit.memory.types import (
     MADV_DONTNEED,
     MAP_ANONYMOUS,

@@ -17,14 +17,14 @@ import simpy
 from hmm.registers import Registers, Write
 from odp.checks import Checks, need
 
-from kit.drivers.mlx5.advise import ADVISE_FLUSH, PREFETCH_NO_FAULT, PREFETCH_WRITE
+from kit.drivers.mlx5.adapter.fabric import Fabric
+from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
+from kit.drivers.mlx5.adapter.qp import Qp
 from kit.drivers.mlx5.costs import make_costs
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
-from kit.drivers.mlx5.fabric import Fabric
-from kit.drivers.mlx5.hca import Hca, HcaParameters
-from kit.drivers.mlx5.mkey_cache import mlx5r_cache_create_ent_locked, warm_cache
+from kit.drivers.mlx5.mr.mkey_cache import mlx5r_cache_create_ent_locked, warm_cache
 from kit.drivers.mlx5.objects import IbPd, Mlx5IbMr, RbKey
-from kit.drivers.mlx5.qp import Qp
+from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH_NO_FAULT, PREFETCH_WRITE
 from kit.drivers.mlx5.types import (
     PAGE,
     U64_MAX,
@@ -53,16 +53,16 @@ from kit.drivers.mlx5.verbs import (
     wait_cq,
 )
 from kit.errors import DriverError
-from kit.memory.access import load, store
 from kit.memory.costs import COSTS as MM_COSTS
 from kit.memory.costs import make_costs as make_mm_costs
-from kit.memory.exit import exit_mmap, oom_reap_task_mm
-from kit.memory.fork import fork
-from kit.memory.madvise import madvise
-from kit.memory.mm import Mm
-from kit.memory.mmap import mmap, munmap
-from kit.memory.mprotect import mprotect
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.space.access import load, store
+from kit.memory.space.mm import Mm
+from kit.memory.syscalls.exit import exit_mmap, oom_reap_task_mm
+from kit.memory.syscalls.fork import fork
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import mmap, munmap
+from kit.memory.syscalls.mprotect import mprotect
 from kit.memory.types import (
     MADV_DONTNEED,
     MADV_FREE,

@@ -17,10 +17,10 @@ from odp.checks import need, refused_steps
 
 from kit.drivers.dma_buf_exporter import GTT, VRAM
 from kit.drivers.mlx5 import verbs
-from kit.drivers.mlx5.advise import ADVISE_FLUSH, PREFETCH, PREFETCH_WRITE
 from kit.drivers.mlx5.descriptors import SendWr, Sge
 from kit.drivers.mlx5.device import OdpOptions
 from kit.drivers.mlx5.enums import PAGE, Era, WcStatus, WrOpcode
+from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH, PREFETCH_WRITE
 from kit.sim.engine import Wait
 
 SEEDS = max(int(os.environ.get("FARFAULT_ODP_SCHEDULES", "2000")) // 10, 20)

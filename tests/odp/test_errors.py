@@ -14,21 +14,21 @@ import pytest
 from drivers.mlx5.odp_rig import ODP, PINNED, Rig, failed
 from drivers.mlx5.two_hosts import RIGHTS, World
 
-from kit.drivers.mlx5.advise import (
+from kit.drivers.mlx5.device import UMR_ERR
+from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init, warm_cache
+from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_xlt
+from kit.drivers.mlx5.objects import MKEY_MW, UPD_XLT_INDIRECT, IbPd, Mlx5IbMkey
+from kit.drivers.mlx5.odp.advise import (
     ADVISE_FLUSH,
     PREFETCH,
     PREFETCH_NO_FAULT,
     PREFETCH_WRITE,
     ib_uverbs_advise_mr,
 )
-from kit.drivers.mlx5.device import UMR_ERR
-from kit.drivers.mlx5.mkey_cache import mlx5_mkey_cache_init, warm_cache
-from kit.drivers.mlx5.objects import MKEY_MW, UPD_XLT_INDIRECT, IbPd, Mlx5IbMkey
 from kit.drivers.mlx5.types import PAGE, U64_MAX, Access, Era, HcaCaps, QpState, Sge, WcStatus, WrOpcode
-from kit.drivers.mlx5.umr import mlx5r_umr_update_xlt
 from kit.drivers.mlx5.verbs import alloc_pd, connect, create_cq, create_qp, post_send, reg_mr
-from kit.memory.memory_failure import memory_failure
-from kit.memory.mprotect import mprotect
+from kit.memory.physical.memory_failure import memory_failure
+from kit.memory.syscalls.mprotect import mprotect
 from kit.memory.types import PROT_NONE, PROT_READ
 
 MIB = 1 << 20
@@ -338,7 +338,7 @@ def test_what_is_retried_is_no_error(era: Era) -> None:
 
 def test_the_oldest_lets_the_hardware_fault_again() -> None:
     """-EAGAIN: an invalidation came in between; resumed without an error, with nothing mapped."""
-    from kit.memory.madvise import madvise
+    from kit.memory.syscalls.madvise import madvise
     from kit.memory.types import MADV_DONTNEED
 
     rig = ready(Era.OLD, cost=1.0)

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from odp.players import GRH_SIZE, HUGE_PAGE_SIZE, ITERS, MSG_SIZE, ODP, Player, Players
 
-from kit.drivers.mlx5.advise import PREFETCH, PREFETCH_NO_FAULT, PREFETCH_WRITE
-from kit.drivers.mlx5.cmd import mlx5_core_create_mkey
+from kit.drivers.mlx5.core.cmd import mlx5_core_create_mkey
 from kit.drivers.mlx5.objects import MKEY_INDIRECT_DEVX, Mlx5IbMkey
+from kit.drivers.mlx5.odp.advise import PREFETCH, PREFETCH_NO_FAULT, PREFETCH_WRITE
 from kit.drivers.mlx5.types import (
     KLM,
     PAGE,

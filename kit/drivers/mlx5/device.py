@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kit.drivers.mlx5.core.waiting import Semaphore, WaitQueue, Workqueue
 from kit.drivers.mlx5.descriptors import HcaCaps, OdpCaps
 from kit.drivers.mlx5.enums import NO_GENERAL, PAGE_SHIFT, U64_MAX, Era, OdpGeneral, OdpTransport
 from kit.drivers.mlx5.inject import Injection
 from kit.drivers.mlx5.objects import IbPd, Mlx5IbMkey
-from kit.drivers.mlx5.core.waiting import Semaphore, WaitQueue, Workqueue
 from kit.sim.costs import Costs
 from kit.sim.engine import Lock, Thread
 from kit.sim.trace import step

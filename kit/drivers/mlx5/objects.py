@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from kit.drivers.mlx5.enums import PAGE_SHIFT
 from kit.drivers.mlx5.core.waiting import WaitQueue
+from kit.drivers.mlx5.enums import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
     from kit.drivers.mlx5.mr.mkey_cache import CacheEnt
-    from kit.drivers.mlx5.umem.umem import IbUmem
     from kit.drivers.mlx5.umem.odp import IbUmemOdp
+    from kit.drivers.mlx5.umem.umem import IbUmem
     from kit.memory.space.mm import Mm
 
 __all__ = [

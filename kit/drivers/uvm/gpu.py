@@ -13,9 +13,9 @@ from kit.drivers.uvm.module import ModuleParameters
 from kit.drivers.uvm.pmm_gpu import Pmm
 from kit.drivers.uvm.types import BLOCK_PAGES
 from kit.errors import ParameterError
-from kit.memory.frames import Frames
-from kit.memory.pagemask import run_count
-from kit.memory.pagetable import GEOMETRIES, PageTable
+from kit.memory.physical.frames import Frames
+from kit.memory.table.pagemask import run_count
+from kit.memory.table.pagetable import GEOMETRIES, PageTable
 from kit.sim.costs import Costs
 from kit.sim.engine import Engine, Lock
 from kit.sim.machine import Machine

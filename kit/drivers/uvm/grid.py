@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from kit.drivers.uvm.sm import Misses
 from kit.drivers.uvm.types import READ, WRITE
-from kit.memory.content import Content
-from kit.memory.pagetable import PageTable
+from kit.memory.physical.content import Content
+from kit.memory.table.pagetable import PageTable
 from kit.sim.costs import Costs
 from kit.sim.machine import Machine
 

@@ -17,7 +17,7 @@ class Hal:
     replayable_faults : bool
         GPU page faults exist (Pascal and later); without them the driver is UVM-Lite.
     geometry : str
-        Page-table geometry (`kit.memory.pagetable.GEOMETRIES`).
+        Page-table geometry (`kit.memory.table.pagetable.GEOMETRIES`).
     cancel_by_address : bool
         Fatal faults are cancelled precisely by virtual address (Volta and later).
     prefetch_faults : bool

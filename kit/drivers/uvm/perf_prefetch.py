@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, VaBlock
-from kit.memory.pagemask import first_page, region
+from kit.memory.table.pagemask import first_page, region
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 

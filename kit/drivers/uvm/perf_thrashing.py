@@ -14,7 +14,7 @@ from kit.drivers.uvm.perf_thrashing_state import (
     tools_event,
 )
 from kit.drivers.uvm.types import CPU, GPU, VaBlock
-from kit.memory.pagemask import pages_of
+from kit.memory.table.pagemask import pages_of
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step
 

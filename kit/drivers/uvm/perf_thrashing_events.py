@@ -12,7 +12,7 @@ from kit.drivers.uvm.perf_thrashing_state import (
     tools_event,
 )
 from kit.drivers.uvm.types import VaBlock
-from kit.memory.pagemask import bools, from_pages, pages_of
+from kit.memory.table.pagemask import bools, from_pages, pages_of
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kit.drivers.uvm.types import CPU, GPU, PAGE, VaBlock
-from kit.memory.pagemask import pages_of
+from kit.memory.table.pagemask import pages_of
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 

@@ -25,7 +25,7 @@ from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
 from kit.drivers.uvm.va_space import uvm_va_block_find_create_in_range
 from kit.errors import DriverError
-from kit.memory.pagemask import pages_of
+from kit.memory.table.pagemask import pages_of
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 

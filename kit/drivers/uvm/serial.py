@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.drivers.uvm.sm import NEVER, Misses
-from kit.memory.content import Content
+from kit.memory.physical.content import Content
 
 __all__ = ["SerialKernel"]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kit.drivers.uvm.fault_buffer import Column
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.types import PREFETCH, VaSpace
-from kit.memory.content import Content
+from kit.memory.physical.content import Content
 from kit.sim.engine import Wait
 
 __all__ = ["Kernel", "Misses", "StreamKernel", "launch"]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.content import Content
-from kit.memory.pagemask import from_bools, region
+from kit.memory.physical.content import Content
+from kit.memory.table.pagemask import from_bools, region
 from kit.sim.engine import Engine, Lock
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from kit.drivers.uvm.module import ModuleParameters
     from kit.drivers.uvm.perf_thrashing_state import BlockThrashing
     from kit.drivers.uvm.pmm_gpu import Chunk
-    from kit.memory.mm import Mm
-    from kit.memory.vma import Vma
+    from kit.memory.space.mm import Mm
+    from kit.memory.space.vma import Vma
 
 __all__ = [
     "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "GPU",

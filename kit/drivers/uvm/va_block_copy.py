@@ -9,7 +9,7 @@ import numpy as np
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
-from kit.memory.pagemask import bools, from_pages, pieces, run_of, selection
+from kit.memory.table.pagemask import bools, from_pages, pieces, run_of, selection
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 

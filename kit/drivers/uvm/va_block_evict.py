@@ -8,7 +8,7 @@ from kit.drivers.uvm.types import CPU, GPU, VaBlock
 from kit.drivers.uvm.va_block_map import uvm_va_block_add_mappings
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.drivers.uvm.va_block_residency import uvm_va_block_make_resident
-from kit.memory.pagemask import region
+from kit.memory.table.pagemask import region
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 

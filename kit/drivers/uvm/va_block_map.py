@@ -18,8 +18,8 @@ from kit.drivers.uvm.types import (
     VaBlock,
     VaSpace,
 )
-from kit.memory.pagemask import runs, selection
-from kit.memory.vm_insert import insert_run, zap_run
+from kit.memory.space.vm_insert import insert_run, zap_run
+from kit.memory.table.pagemask import runs, selection
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 

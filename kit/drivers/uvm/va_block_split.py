@@ -10,7 +10,7 @@ import numpy as np
 from kit.drivers.uvm.pmm_gpu import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, VaBlock, VaRange, VaSpace
 from kit.errors import DriverError
-from kit.memory.pagemask import region
+from kit.memory.table.pagemask import region
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 

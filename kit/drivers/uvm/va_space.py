@@ -21,9 +21,10 @@ from kit.drivers.uvm.va_block_map import uvm_va_block_unmap_mask
 from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
 from kit.errors import DriverError, Errno
-from kit.memory.alloc import free_pages_exact
-from kit.memory.pagemask import runs
-from kit.memory.special import install_special_mapping
+from kit.memory.physical.alloc import free_pages_exact
+from kit.memory.space.special import install_special_mapping
+from kit.memory.space.vma import Vma
+from kit.memory.table.pagemask import runs
 from kit.memory.types import (
     FAULT_FLAG_WRITE,
     VM_DONTCOPY,
@@ -37,7 +38,6 @@ from kit.memory.types import (
     VM_WRITE,
     Vmf,
 )
-from kit.memory.vma import Vma
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 

@@ -33,10 +33,10 @@ from kit.flows.cuda_demand_paging.result import integrity, metrics
 from kit.flows.documented import Conformance
 from kit.flows.run import Allocation, Integrity
 from kit.flows.session import Session
-from kit.memory.access import touch
 from kit.memory.costs import make_costs
-from kit.memory.mm import Mm
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.space.access import touch
+from kit.memory.space.mm import Mm
 from kit.sim.engine import Thread, Wait
 
 __all__ = ["STAGES", "CudaSession"]

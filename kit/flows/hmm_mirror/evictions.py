@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.migrate_vma import MIGRATE_PFN_COMPOUND, MIGRATE_PFN_SHIFT
-from kit.memory.notify import runs
+from kit.memory.device.migrate_vma import MIGRATE_PFN_COMPOUND, MIGRATE_PFN_SHIFT
+from kit.memory.mirror.notify import runs
 from kit.memory.types import PAGE, Kind
 
 if TYPE_CHECKING:
     from kit.drivers.dmirror_limited import LimitedDevice
-    from kit.memory.mm import Mm
+    from kit.memory.space.mm import Mm
 
 __all__ = ["Evictions"]
 

@@ -6,7 +6,7 @@ from kit.drivers.dmirror_limited import LimitedDevice
 from kit.drivers.dmirror_types import HMM_DMIRROR_MEMORY_DEVICE_COHERENT, HMM_DMIRROR_MEMORY_DEVICE_PRIVATE
 from kit.errors import ParameterError
 from kit.flows.hmm_mirror.parameters import HUGE, HmmParameters
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
 from kit.memory.types import PAGE
 from kit.sim.engine import Engine
 from kit.sim.machine import Machine

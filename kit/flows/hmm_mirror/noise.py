@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kit.memory.madvise import madvise
-from kit.memory.mmap import mprotect
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import mprotect
 from kit.memory.types import MADV_PAGEOUT, PAGE, PROT_READ, PROT_WRITE
 
 if TYPE_CHECKING:

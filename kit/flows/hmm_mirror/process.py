@@ -11,12 +11,12 @@ from kit.flows.hmm_mirror.noise import NOISE_PAGES
 from kit.flows.hmm_mirror.parameters import HUGE
 from kit.flows.hmm_mirror.structure import Pages, Words
 from kit.flows.run import Allocation
-from kit.memory.access import load, store
-from kit.memory.exit import exit_mmap
-from kit.memory.fork import fork
-from kit.memory.gup import pin_user_pages_fast
-from kit.memory.madvise import madvise
-from kit.memory.mmap import mmap, munmap
+from kit.memory.space.access import load, store
+from kit.memory.space.gup import pin_user_pages_fast
+from kit.memory.syscalls.exit import exit_mmap
+from kit.memory.syscalls.fork import fork
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import mmap, munmap
 from kit.memory.types import (
     FOLL_LONGTERM,
     FOLL_WRITE,
@@ -30,7 +30,7 @@ from kit.memory.types import (
 
 if TYPE_CHECKING:
     from kit.flows.hmm_mirror.session import HmmSession
-    from kit.memory.mm import Mm
+    from kit.memory.space.mm import Mm
     from kit.sim.engine import Thread, Wait
 
 __all__ = ["build", "fork_children", "leave", "touch"]

@@ -15,15 +15,15 @@ from kit.drivers.dmirror_types import (
     HMM_DMIRROR_WRITE,
     HmmDmirrorCmd,
 )
-from kit.memory.migrate_vma import MigrateVma
-from kit.memory.pages import ZERO_PFN
+from kit.memory.device.migrate_vma import MigrateVma
+from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.types import PAGE, Bit, Kind
 
 if TYPE_CHECKING:
     from kit.drivers.dmirror import Dmirror
     from kit.drivers.dmirror_limited import LimitedDevice
     from kit.flows.hmm_mirror.evictions import Evictions
-    from kit.memory.mm import Mm
+    from kit.memory.space.mm import Mm
 
 __all__ = ["COMMANDS", "Command", "Phases", "Record", "Tables"]
 

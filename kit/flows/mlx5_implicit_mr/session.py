@@ -13,7 +13,7 @@ from kit.flows.rdma.content import Area, cpu_write
 from kit.flows.rdma.one_sided import OneSidedSession
 from kit.flows.rdma.pressure import chosen_pages, page_out
 from kit.flows.rdma.traffic import Transfer, cut, transfers_of
-from kit.memory.mmap import mmap
+from kit.memory.syscalls.mmap import mmap
 from kit.memory.types import MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_PRIVATE, PAGE, PROT_READ, PROT_WRITE
 from kit.sim.engine import Wait
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kit.drivers.mlx5.objects import Mlx5IbMr
 from kit.flows.rdma.content import Area, frames_of
-from kit.memory.mm import Mm
+from kit.memory.space.mm import Mm
 from kit.memory.types import PAGE
 
 __all__ = ["Buffers"]

@@ -14,8 +14,8 @@ from kit.flows.rdma.content import Area, cpu_write
 from kit.flows.rdma.one_sided import OneSidedSession, reg_mr
 from kit.flows.rdma.pressure import page_out
 from kit.flows.rdma.traffic import cut, transfers_of
-from kit.memory.madvise import madvise
-from kit.memory.mmap import mmap
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import mmap
 from kit.memory.types import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PAGE, PROT_READ, PROT_WRITE
 from kit.sim.engine import Wait
 

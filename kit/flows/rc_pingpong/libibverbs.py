@@ -112,7 +112,7 @@ def ibv_query_device_ex(ctx: Pingpong, thread: Thread) -> Wait:
 @waiting_step
 def ibv_alloc_buf(ctx: Pingpong, thread: Thread, size: int) -> Wait:
     """Allocate the buffer; returns its address or an errno."""
-    from kit.memory.mmap import mmap
+    from kit.memory.syscalls.mmap import mmap
     from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
     kernel = ctx.host.engine.thread("cpu")  # the C library's own system call

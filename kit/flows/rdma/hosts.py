@@ -7,18 +7,18 @@ from typing import Any
 
 from kit.drivers.mlx5 import costs as mlx5_costs
 from kit.drivers.mlx5 import verbs
+from kit.drivers.mlx5.adapter.fabric import Fabric
+from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
+from kit.drivers.mlx5.adapter.qp import Cq, Qp
 from kit.drivers.mlx5.descriptors import Mkc
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
 from kit.drivers.mlx5.enums import Era, QpType
-from kit.drivers.mlx5.fabric import Fabric
-from kit.drivers.mlx5.hca import Hca, HcaParameters
-from kit.drivers.mlx5.mkey_cache import mlx5_mkey_cache_init, set_cache_mkc
-from kit.drivers.mlx5.qp import Cq, Qp
+from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init, set_cache_mkc
 from kit.errors import raise_for
 from kit.flows.rdma.parameters import RdmaParameters
 from kit.memory import costs as mm_costs
-from kit.memory.mm import Mm
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.space.mm import Mm
 from kit.sim.costs import Costs
 from kit.sim.engine import Engine, Thread, Wait
 from kit.sim.machine import Machine

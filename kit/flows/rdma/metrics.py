@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kit.drivers.mlx5.restrack import fill_stat_mr_entry
+from kit.drivers.mlx5.mr.restrack import fill_stat_mr_entry
 from kit.flows.metrics import SpanColumns, conformance_metrics, integrity_metrics, time_metrics
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from kit.errors import raise_for
 from kit.flows.rdma.content import Area, cpu_write
-from kit.memory.madvise import madvise
-from kit.memory.mmap import munmap
-from kit.memory.notify import runs
+from kit.memory.mirror.notify import runs
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import munmap
 from kit.memory.types import MADV_DONTNEED, MADV_PAGEOUT, PAGE
 
 if TYPE_CHECKING:

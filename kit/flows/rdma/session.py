@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kit.drivers.mlx5.fabric import Fabric
+from kit.drivers.mlx5.adapter.fabric import Fabric
 from kit.errors import Errno
 from kit.flows.documented import Conformance, Documented
 from kit.flows.rdma.hosts import Host, make_host

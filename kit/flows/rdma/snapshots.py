@@ -16,7 +16,7 @@ from kit.drivers.mlx5.enums import KLM, MTT_PRESENT, PAGE_SHIFT
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
     from kit.drivers.mlx5.objects import Mlx5IbMr
-    from kit.drivers.mlx5.umem_odp import IbUmemOdp
+    from kit.drivers.mlx5.umem.odp import IbUmemOdp
     from kit.sim.trace import Trace
 
 __all__ = ["STATES", "write_state"]

@@ -10,12 +10,12 @@ import numpy as np
 import simpy
 
 from kit.drivers.mlx5 import verbs
+from kit.drivers.mlx5.adapter.payload import gather, scatter
 from kit.drivers.mlx5.descriptors import SendWr, Sge
 from kit.drivers.mlx5.enums import Access, WcStatus, WrOpcode
-from kit.drivers.mlx5.payload import gather, scatter
 from kit.errors import raise_for
 from kit.flows.rdma.content import Area, frames_of, message_bytes
-from kit.memory.mmap import mmap
+from kit.memory.syscalls.mmap import mmap
 from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, PAGE, PROT_READ, PROT_WRITE
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from kit.drivers.mlx5.enums import Access
 from kit.errors import Errno, raise_for
 from kit.flows.rdma.content import Area, message_bytes
 from kit.flows.rdma_follows_migration.movers import Moved
-from kit.memory.dma_buf import DmaBuf, close_fd, dma_buf_fd
-from kit.memory.dma_resv import DMA_RESV_USAGE_KERNEL
-from kit.memory.mmap import mmap
+from kit.memory.device.dma_buf import DmaBuf, close_fd, dma_buf_fd
+from kit.memory.device.dma_resv import DMA_RESV_USAGE_KERNEL
+from kit.memory.syscalls.mmap import mmap
 from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, PAGE, PROT_READ, PROT_WRITE
 from kit.sim.costs import Costs
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kit.drivers.mlx5.objects import Mlx5IbMr
     from kit.flows.rdma.hosts import Host
     from kit.flows.rdma_follows_migration.parameters import FollowsParameters
-    from kit.memory.mm import Mm
+    from kit.memory.space.mm import Mm
     from kit.sim.engine import Wait
     from kit.sim.machine import Machine
 

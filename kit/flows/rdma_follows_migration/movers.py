@@ -19,12 +19,12 @@ from kit.drivers.dmirror_types import (
 )
 from kit.errors import Errno, raise_for
 from kit.flows.rdma.content import Area, message_bytes
-from kit.memory.special import unmap_mapping_range
+from kit.memory.space.special import unmap_mapping_range
 from kit.memory.types import PAGE, PG, Kind
 
 if TYPE_CHECKING:
     from kit.flows.rdma.hosts import Host
-    from kit.memory.file import File
+    from kit.memory.files.file import File
     from kit.sim.engine import Wait
     from kit.sim.machine import Machine
 

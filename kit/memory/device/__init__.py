@@ -1,0 +1,1 @@
+"""Device memory: unaddressable frames, migration to and fro, exclusive access, dma-buf."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.huge.huge_split import split_folio
 from kit.memory.device.memremap import DEVICE_COHERENT, DEVICE_PRIVATE, DevPagemap, pgmaps_where
 from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
@@ -24,6 +23,7 @@ from kit.memory.device.migrate_vma import (
     MigrateVma,
     migrate_pfn,
 )
+from kit.memory.huge.huge_split import split_folio
 from kit.memory.mirror.mmu_notifier import (
     EVENTS,
     MmuNotifierRange,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.types import HPAGE_PMD_NR
 from kit.memory.space.vma import Vma
+from kit.memory.types import HPAGE_PMD_NR
 
 __all__ = [
     "MIGRATE_PFN_COMPOUND",

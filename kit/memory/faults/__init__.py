@@ -1,0 +1,1 @@
+"""CPU page faults, by what the entry and the area say."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.types import PG
 from kit.memory.space.vma import RmapRoot
+from kit.memory.types import PG
 
 if TYPE_CHECKING:
     from kit.memory.physical.pages import PhysicalMemory

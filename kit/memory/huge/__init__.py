@@ -1,0 +1,1 @@
+"""Huge pages: hugetlb, splitting, collapsing."""

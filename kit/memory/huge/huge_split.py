@@ -17,8 +17,8 @@ from kit.sim.trace import waiting_step
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kit.memory.space.mm import Mm
     from kit.memory.physical.pages import PhysicalMemory
+    from kit.memory.space.mm import Mm
     from kit.sim.engine import Thread, Wait
 
 __all__ = ["__split_huge_pmd", "split_edges", "split_folio", "split_huge_pmd_locked"]

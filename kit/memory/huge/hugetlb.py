@@ -28,8 +28,8 @@ from kit.memory.types import (
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:
-    from kit.memory.table.cpu_table import CpuTable
     from kit.memory.space.vma import Vma
+    from kit.memory.table.cpu_table import CpuTable
     from kit.sim.engine import Thread, Wait
 
 __all__ = ["hugetlb_fault", "hugetlb_reserve_pages", "hugetlb_unreserve_pages"]

@@ -1,0 +1,1 @@
+"""Physical memory: frames with content, pages with their counts and flags, swap."""

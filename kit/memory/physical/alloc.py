@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from kit.memory.reclaim.reclaim import try_to_free_pages
 
 if TYPE_CHECKING:
-    from kit.memory.space.mm import Mm
     from kit.memory.physical.pages import PhysicalMemory
+    from kit.memory.space.mm import Mm
     from kit.sim.engine import Thread, Wait
 
 __all__ = ["alloc_folios", "alloc_huge_folio", "alloc_pages_exact", "free_pages_exact", "portions"]

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kit.errors import Errno
-from kit.memory.space.gup import get_user_pages
 from kit.memory.huge.huge_split import split_folio
-from kit.memory.types import PAGE, PG
 from kit.memory.reclaim.unmap_pages import try_to_unmap
+from kit.memory.space.gup import get_user_pages
+from kit.memory.types import PAGE, PG
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:
-    from kit.memory.space.mm import Mm
     from kit.memory.physical.pages import PhysicalMemory
+    from kit.memory.space.mm import Mm
     from kit.sim.engine import Thread, Wait
 
 __all__ = ["madvise_inject_error", "memory_failure"]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.huge.huge_split import __split_huge_pmd
 from kit.memory.device.memremap import MEMORY_DEVICE_PRIVATE, pgmaps_where
 from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
@@ -22,6 +21,7 @@ from kit.memory.device.migrate_vma import (
     migrate_pfn,
     migrate_pfn_to_pfn,
 )
+from kit.memory.huge.huge_split import __split_huge_pmd
 from kit.memory.mirror.mmu_notifier import (
     EVENTS,
     MmuNotifierRange,
@@ -29,8 +29,8 @@ from kit.memory.mirror.mmu_notifier import (
     mmu_notifier_invalidate_range_start,
 )
 from kit.memory.physical.pages import ZERO_PFN
-from kit.memory.reclaim.rmap import add_anon_rmap
 from kit.memory.physical.swap import folio_free_swap
+from kit.memory.reclaim.rmap import add_anon_rmap
 from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PG, Bit, Kind, Leaf
 from kit.sim.trace import step, waiting_step
 

@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.huge.huge_split import split_folio
-from kit.memory.reclaim.rmap import rmap_walk
 from kit.memory.physical.swap import folio_free_swap
-from kit.memory.types import HPAGE_PMD_NR, PAGE, PG, VM_LOCKED, Bit, Kind
+from kit.memory.reclaim.rmap import rmap_walk
 from kit.memory.reclaim.unmap_pages import try_to_unmap
+from kit.memory.types import HPAGE_PMD_NR, PAGE, PG, VM_LOCKED, Bit, Kind
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:
-    from kit.memory.space.mm import Mm
     from kit.memory.physical.pages import PhysicalMemory
+    from kit.memory.space.mm import Mm
     from kit.sim.engine import Thread, Wait
 
 __all__ = ["reclaim_pages", "shrink_folio_list", "try_to_free_pages"]

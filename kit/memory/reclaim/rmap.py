@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from kit.memory.device.memremap import MEMORY_DEVICE_PRIVATE
 from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start, runs
 from kit.memory.physical.pages import tally
-from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PG, Bit, Kind, Leaf
 from kit.memory.space.vma import Vma
+from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PG, Bit, Kind, Leaf
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:
-    from kit.memory.space.mm import Mm
     from kit.memory.physical.pages import PhysicalMemory
+    from kit.memory.space.mm import Mm
     from kit.sim.engine import Thread, Wait
 
 __all__ = [

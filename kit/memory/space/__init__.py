@@ -1,0 +1,1 @@
+"""Address spaces: areas, how the CPU and drivers reach pages through them, and how entries go."""

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import DriverError
-from kit.memory.faults.fault import handle_mm_fault
 from kit.memory.faults.driver import driver_area_fault
+from kit.memory.faults.fault import handle_mm_fault
 from kit.memory.types import (
     FAULT_FLAG_ALLOW_RETRY,
     FAULT_FLAG_TRIED,

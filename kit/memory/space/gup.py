@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import Errno
+from kit.memory.device.memremap import MEMORY_DEVICE_COHERENT, pgmaps_where
 from kit.memory.faults.fault import handle_mm_fault
 from kit.memory.huge.huge_split import __split_huge_pmd
-from kit.memory.device.memremap import MEMORY_DEVICE_COHERENT, pgmaps_where
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.types import (
     FAULT_FLAG_UNSHARE,
@@ -40,8 +40,8 @@ from kit.memory.types import (
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:
-    from kit.memory.space.mm import Mm
     from kit.memory.physical.pages import PhysicalMemory
+    from kit.memory.space.mm import Mm
     from kit.memory.space.vma import Vma
     from kit.sim.engine import Thread, Wait
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.memory.space.vma import AnonFamily, Vma
 from kit.memory.table.cpu_table import CpuTable
 from kit.memory.types import PAGE, VM_ACCESS_FLAGS
-from kit.memory.space.vma import AnonFamily, Vma
 from kit.sim.costs import Costs
 from kit.sim.engine import RwLock
 

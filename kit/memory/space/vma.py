@@ -12,8 +12,8 @@ from kit.memory.types import PAGE, VM_HUGETLB, VM_SHARED, VM_SPECIAL, VM_WRITE, 
 
 if TYPE_CHECKING:
     from kit.memory.files.file import File
-    from kit.memory.space.mm import Mm
     from kit.memory.physical.pages import PhysicalMemory
+    from kit.memory.space.mm import Mm
 
 __all__ = ["AnonFamily", "RmapRoot", "Vma"]
 

@@ -1,0 +1,1 @@
+"""What a program asks of its address space: mmap, munmap, mprotect, mremap, madvise, fork, exit."""

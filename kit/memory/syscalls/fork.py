@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import Errno
-from kit.memory.physical.alloc import alloc_folios
 from kit.memory.device.exclusive import restore_exclusive_pte
-from kit.memory.syscalls.exit import exit_mmap
 from kit.memory.huge.huge_split import __split_huge_pmd
-from kit.memory.space.mm import Mm
 from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.physical.alloc import alloc_folios
 from kit.memory.reclaim.rmap import add_anon_rmap
+from kit.memory.space.mm import Mm
+from kit.memory.syscalls.exit import exit_mmap
 from kit.memory.types import (
     PG,
     VM_DONTCOPY,

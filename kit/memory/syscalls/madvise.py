@@ -12,8 +12,10 @@ from kit.errors import Errno
 from kit.memory.huge.collapse import madvise_collapse
 from kit.memory.huge.huge_split import split_folio
 from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start
-from kit.memory.syscalls.populate import populate
 from kit.memory.reclaim.reclaim import reclaim_pages
+from kit.memory.space.vma_ops import split_at, vma_merge
+from kit.memory.space.zap import free_swap_and_cache, zap_page_range_single
+from kit.memory.syscalls.populate import populate
 from kit.memory.types import (
     HPAGE_PMD_NR,
     MADV_COLD,
@@ -47,14 +49,12 @@ from kit.memory.types import (
     Kind,
     Leaf,
 )  # fmt: skip
-from kit.memory.space.vma_ops import split_at, vma_merge
-from kit.memory.space.zap import free_swap_and_cache, zap_page_range_single
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:
-    from kit.memory.table.cpu_table import CpuTable
     from kit.memory.space.mm import Mm
     from kit.memory.space.vma import Vma
+    from kit.memory.table.cpu_table import CpuTable
     from kit.sim.engine import Thread, Wait
 
 __all__ = ["madvise"]

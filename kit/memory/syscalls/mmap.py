@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 from kit.errors import Errno
 from kit.memory.files.file import File
 from kit.memory.space.mm import MMAP_MIN_ADDR, Mm
+from kit.memory.space.unmapped_area import get_unmapped_area
+from kit.memory.space.vma import Vma
+from kit.memory.space.vma_ops import vma_merge
 from kit.memory.syscalls.mprotect import mprotect
 from kit.memory.syscalls.mremap import mremap
+from kit.memory.syscalls.munmap import do_vmi_munmap
 from kit.memory.syscalls.populate import populate
 from kit.memory.types import (
     HPAGE_PMD_NR,
@@ -37,10 +41,6 @@ from kit.memory.types import (
     VM_WRITE,
     VmOperations,
 )
-from kit.memory.syscalls.munmap import do_vmi_munmap
-from kit.memory.space.unmapped_area import get_unmapped_area
-from kit.memory.space.vma import Vma
-from kit.memory.space.vma_ops import vma_merge
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:

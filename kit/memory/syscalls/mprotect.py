@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kit.errors import Errno
 from kit.memory.huge.huge_split import split_edges
 from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.space.vma_ops import split_at, vma_merge
 from kit.memory.types import (
     PAGE,
     PG,
@@ -26,7 +27,6 @@ from kit.memory.types import (
     Bit,
     Kind,
 )  # fmt: skip
-from kit.memory.space.vma_ops import split_at, vma_merge
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:

@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 from kit.errors import Errno
 from kit.memory.huge.huge_split import __split_huge_pmd
 from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.space.unmapped_area import get_unmapped_area
+from kit.memory.space.vma import Vma
+from kit.memory.space.vma_ops import split_at, vma_merge
+from kit.memory.syscalls.munmap import do_vmi_munmap
 from kit.memory.types import (
     HPAGE_PMD_NR,
     MREMAP_DONTUNMAP,
@@ -24,10 +28,6 @@ from kit.memory.types import (
     VM_PFNMAP,
     Kind,
 )  # fmt: skip
-from kit.memory.syscalls.munmap import do_vmi_munmap
-from kit.memory.space.unmapped_area import get_unmapped_area
-from kit.memory.space.vma import Vma
-from kit.memory.space.vma_ops import split_at, vma_merge
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:

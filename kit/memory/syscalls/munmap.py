@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kit.memory.types import VM_HUGETLB
 from kit.memory.space.vma_ops import split_at, vma_close
 from kit.memory.space.zap import free_pgtables, unmap_vmas
+from kit.memory.types import VM_HUGETLB
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from kit.drivers.dma_buf_exporter import (
 )
 from kit.drivers.mlx5 import verbs
 from kit.drivers.mlx5.enums import PAGE, Access
-from kit.memory.dma_buf import DmaBuf, dma_buf_fd
+from kit.memory.device.dma_buf import DmaBuf, dma_buf_fd
 from kit.sim.costs import Costs
 from kit.sim.engine import Thread, Wait
 

@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
+from kit.drivers.mlx5.adapter.mkey import Need, Translation, Verdict
 from kit.drivers.mlx5.costs import COSTS, make_costs
-from kit.drivers.mlx5.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.descriptors import HcaCaps, PageFaultEqe
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era, PageFaultSubtype
-from kit.drivers.mlx5.hca import Hca, HcaParameters
-from kit.drivers.mlx5.mkey import Need, Translation, Verdict
-from kit.drivers.mlx5.mkey_cache import mlx5_mkey_cache_init
-from kit.drivers.mlx5.mr import ib_uverbs_reg_mr
+from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
+from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init
+from kit.drivers.mlx5.mr.reg import ib_uverbs_reg_mr
 from kit.drivers.mlx5.objects import IbPd, Mlx5IbMr
-from kit.drivers.mlx5.umem_odp import IbUmemOdp
+from kit.drivers.mlx5.umem.odp import IbUmemOdp
 from kit.errors import Errno
 from kit.memory.costs import make_costs as make_mm_costs
-from kit.memory.mm import Mm
-from kit.memory.mmap import mmap, munmap
-from kit.memory.pages import PhysicalMemory
-from kit.memory.populate import populate
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.space.mm import Mm
+from kit.memory.syscalls.mmap import mmap, munmap
+from kit.memory.syscalls.populate import populate
 from kit.memory.types import MADV_DONTNEED, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, PROT_READ, PROT_WRITE
 from kit.sim.engine import Engine, Wait
 
@@ -78,7 +78,7 @@ class Rig:
         self.run(populate(self.mm, self.thread, va // PAGE, pages))
 
     def dontneed(self, va: int, pages: int) -> None:
-        from kit.memory.madvise import madvise
+        from kit.memory.syscalls.madvise import madvise
 
         assert self.run(madvise(self.mm, self.thread, va, pages * PAGE, MADV_DONTNEED)) == 0
 

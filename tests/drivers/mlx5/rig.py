@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.mlx5.costs import COSTS, make_costs
-from kit.drivers.mlx5.eq import (
+from kit.drivers.mlx5.adapter.fabric import Fabric
+from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
+from kit.drivers.mlx5.adapter.mkey import HwMkey
+from kit.drivers.mlx5.adapter.qp import Cq, Qp, Srq
+from kit.drivers.mlx5.core.eq import (
     EqParam,
     mlx5_eq_create_generic,
     mlx5_eq_enable,
@@ -18,13 +21,10 @@ from kit.drivers.mlx5.eq import (
     mlx5_eq_update_cc,
     mlx5_eq_update_ci,
 )
-from kit.drivers.mlx5.fabric import Fabric
-from kit.drivers.mlx5.hca import Hca, HcaParameters
-from kit.drivers.mlx5.mkey import HwMkey
-from kit.drivers.mlx5.qp import Cq, Qp, Srq
+from kit.drivers.mlx5.costs import COSTS, make_costs
 from kit.drivers.mlx5.types import MTT_PRESENT, PAGE, Access, Era, HcaCaps, Mkc, PageFaultEqe, PageFaultSubtype, QpType
 from kit.drivers.mlx5.verbs import connect
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
 from kit.sim.engine import Engine, Thread, Wait
 
 ALL = Access.LOCAL_WRITE | Access.REMOTE_WRITE | Access.REMOTE_READ | Access.REMOTE_ATOMIC

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import ODP, PINNED, Rig, failed, steps
 
-from kit.drivers.mlx5.advise import ADVISE_FLUSH, PREFETCH, PREFETCH_NO_FAULT, PREFETCH_WRITE, ib_uverbs_advise_mr
-from kit.drivers.mlx5.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.descriptors import Sge
 from kit.drivers.mlx5.device import UMR_ACTIVE
 from kit.drivers.mlx5.enums import PAGE, Access, Era
+from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.objects import MKEY_MW, IbPd, Mlx5IbMkey
-from kit.memory.madvise import madvise
+from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH, PREFETCH_NO_FAULT, PREFETCH_WRITE, ib_uverbs_advise_mr
+from kit.memory.syscalls.madvise import madvise
 from kit.memory.types import MADV_DONTNEED
 
 ERAS = [Era.OLD, Era.MID, Era.NEW]

@@ -9,8 +9,8 @@ from drivers.mlx5.two_hosts import RIGHTS, World
 from kit.drivers.mlx5.device import OdpOptions
 from kit.drivers.mlx5.types import PAGE, Access, Era, HcaCaps, QpState, QpType, RecvWr, SendFlags, WcStatus, WrOpcode
 from kit.drivers.mlx5.verbs import connect, create_cq, create_srq, dereg_mr, post_srq_recv, wait_cq
-from kit.memory.madvise import madvise
-from kit.memory.mmap import mmap
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import mmap
 from kit.memory.types import MADV_DONTNEED, MADV_PAGEOUT, MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
 KINDS = ["pinned", "explicit", "implicit"]

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from drivers.mlx5.rig import Pair
 
-from kit.drivers.mlx5.cmd import create_mkey_cb, mlx5_core_create_mkey, mlx5_core_destroy_mkey, mlx5_core_query_mkey
-from kit.drivers.mlx5.eq import (
+from kit.drivers.mlx5.core.cmd import (
+    create_mkey_cb,
+    mlx5_core_create_mkey,
+    mlx5_core_destroy_mkey,
+    mlx5_core_query_mkey,
+)
+from kit.drivers.mlx5.core.eq import (
     EqParam,
     mlx5_eq_create_generic,
     mlx5_eq_destroy_generic,

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import ODP, PINNED, Rig, steps
 
+from kit.drivers.mlx5.adapter.mkey import Need, Verdict
+from kit.drivers.mlx5.adapter.qp import Cq, Qp, Srq
 from kit.drivers.mlx5.descriptors import Mkc, PageFaultEqe, Seg, WqeImage
 from kit.drivers.mlx5.enums import KLM, PAGE, Access, AccessMode, Era, PageFaultSubtype, QpType, WrOpcode
-from kit.drivers.mlx5.mkey import Need, Verdict
 from kit.drivers.mlx5.objects import MKEY_INDIRECT_DEVX, MKEY_MW, Mlx5IbMkey
-from kit.drivers.mlx5.odp import Pagefault, mlx5_ib_pfault
-from kit.drivers.mlx5.odp_segment import pages_in_range
-from kit.drivers.mlx5.qp import Cq, Qp, Srq
+from kit.drivers.mlx5.odp.page_fault import Pagefault, mlx5_ib_pfault
+from kit.drivers.mlx5.odp.segment import pages_in_range
 
 ERAS = [Era.OLD, Era.MID, Era.NEW]
 REQUESTER, RESPONDER = 1, 2
@@ -150,7 +150,7 @@ def test_one_fault_of_512_pages_is_512_and_1():
 
 
 def test_dead_owner():
-    from kit.memory.exit import mmput
+    from kit.memory.syscalls.exit import mmput
 
     rig = Rig()
     mr = region(rig, 4)
@@ -168,7 +168,7 @@ def test_a_fault_that_holds_the_last_reference_tears_the_address_space_down():
     rig.mm.mm_users += 1  # a second user, who leaves while the fault runs
     rig.engine.run(done)
     rig.mm.mm_users -= 1
-    from kit.drivers.mlx5.umem_odp_map import mmput_async
+    from kit.drivers.mlx5.umem.odp_map import mmput_async
 
     mmput_async(rig.mm, rig.thread, rig.dev)
     rig.settle(10.0)
@@ -404,7 +404,7 @@ def test_unknown_events_are_resumed_with_an_error():
 
 
 def test_the_queue_goes_with_the_device():
-    from kit.drivers.mlx5.pf_eq import mlx5_ib_odp_destroy_eq
+    from kit.drivers.mlx5.odp.pf_eq import mlx5_ib_odp_destroy_eq
 
     rig = Rig()
     region(rig, 1)

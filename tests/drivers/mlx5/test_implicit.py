@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import GIB, ODP, Rig, failed, steps
 
+from kit.drivers.mlx5.adapter.mkey import Verdict
 from kit.drivers.mlx5.descriptors import HcaCaps
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Era
-from kit.drivers.mlx5.mkey import Verdict
 
 ERAS = [Era.MID, Era.NEW]
 AT = 5 * GIB + PAGE
@@ -128,7 +128,7 @@ def test_two_faults_make_one_child(era):
 @pytest.mark.parametrize("seed", range(4))
 def test_children_come_and_go_under_faults(era, seed):
     """The slot names a child exactly when the child is there, whatever raced."""
-    from kit.memory.madvise import madvise
+    from kit.memory.syscalls.madvise import madvise
     from kit.memory.types import MADV_DONTNEED
 
     rig = Rig(era, seed=seed, jitter=0.9, cost=0.02, child_cmpxchg=True)
@@ -188,7 +188,7 @@ def test_a_dead_owner():
     rig.mmap(1, at=5 * GIB)
     imr = rig.implicit()
     assert not rig.fault(imr.rkey, 5 * GIB, 8)
-    from kit.memory.exit import mmput
+    from kit.memory.syscalls.exit import mmput
 
     rig.run(mmput(rig.mm, rig.thread))
     rig.settle(100.0)
@@ -245,7 +245,7 @@ def test_memory_scheme_error_and_last():
     imr = rig.implicit()
     assert memory_fault(rig, imr, 9 * GIB, 8)
     from kit.drivers.mlx5.objects import OdpStats
-    from kit.drivers.mlx5.odp import Pagefault, mlx5_ib_pfault
+    from kit.drivers.mlx5.odp.page_fault import Pagefault, mlx5_ib_pfault
 
     assert imr.odp_stats == OdpStats()
     rig.mmap(4, at=5 * GIB)
@@ -258,7 +258,7 @@ def test_memory_scheme_error_and_last():
 
 
 def test_memory_scheme_looks_around_and_falls_back():
-    from kit.drivers.mlx5.odp import Pagefault, mlx5_ib_pfault
+    from kit.drivers.mlx5.odp.page_fault import Pagefault, mlx5_ib_pfault
 
     rig = scheme()
     va = rig.mmap(16)

@@ -8,11 +8,11 @@ from drivers.mlx5.odp_rig import GIB, ODP, Rig, steps
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kit.drivers.mlx5.adapter.mkey import Verdict
 from kit.drivers.mlx5.enums import PAGE, Access, Era
-from kit.drivers.mlx5.mkey import Verdict
-from kit.drivers.mlx5.odp_invalidate import blocks_to_zap
-from kit.drivers.mlx5.restrack import fill_stat_mr_entry
-from kit.memory.mmu_notifier import (
+from kit.drivers.mlx5.mr.restrack import fill_stat_mr_entry
+from kit.drivers.mlx5.odp.invalidate import blocks_to_zap
+from kit.memory.mirror.mmu_notifier import (
     EVENTS,
     MmuNotifierRange,
     mmu_notifier_invalidate_range_end,
@@ -128,7 +128,7 @@ def test_one_page_in_a_wide_unmap(options, counted):
 
 
 def test_a_huge_entry_counts_once():
-    from kit.memory.mmap import mmap
+    from kit.memory.syscalls.mmap import mmap
     from kit.memory.types import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
     rig = Rig(Era.NEW)
@@ -211,7 +211,7 @@ def test_faults_race_invalidations(era, seed):
     va = rig.mmap(64)
     mr = rig.reg(va, 64 * PAGE)
     rng = np.random.default_rng(seed)
-    from kit.memory.madvise import madvise
+    from kit.memory.syscalls.madvise import madvise
     from kit.memory.types import MADV_DONTNEED
 
     def storm():

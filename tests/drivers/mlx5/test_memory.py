@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import GIB, ODP, Rig, failed, steps
 
+from kit.drivers.mlx5.adapter.mkey import Need, Verdict
+from kit.drivers.mlx5.core.waiting import DelayedWork, Semaphore, WaitQueue, Workqueue
 from kit.drivers.mlx5.costs import COSTS, make_costs
 from kit.drivers.mlx5.enums import PAGE, Access, Era
-from kit.drivers.mlx5.mkey import Need, Verdict
-from kit.drivers.mlx5.waiting import DelayedWork, Semaphore, WaitQueue, Workqueue
 from kit.errors import ParameterError
-from kit.memory.access import load, store
-from kit.memory.fork import fork
-from kit.memory.madvise import madvise
-from kit.memory.mmap import mmap
-from kit.memory.mprotect import mprotect
+from kit.memory.space.access import load, store
+from kit.memory.syscalls.fork import fork
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import mmap
+from kit.memory.syscalls.mprotect import mprotect
 from kit.memory.types import MADV_PAGEOUT, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, VM_IO, VM_PFNMAP
 from kit.sim.engine import Engine
 
@@ -126,7 +126,7 @@ def test_huge_pages_of_the_cpu_are_mapped_piece_by_piece(era):
 
 
 def test_reclaim_that_must_not_sleep_skips_the_region():
-    from kit.memory.exit import oom_reap_task_mm
+    from kit.memory.syscalls.exit import oom_reap_task_mm
 
     rig = Rig()
     va = rig.mmap(8, resident=True)
@@ -154,8 +154,8 @@ def test_pages_in_device_memory_come_home_for_a_fault_and_only_for_a_fault(era):
     from kit.drivers import dmirror_types as driver
     from kit.drivers.dmirror import dmirror_device_init, dmirror_fops_open
     from kit.drivers.dmirror_ioctl import dmirror_fops_unlocked_ioctl
-    from kit.drivers.mlx5.advise import ADVISE_FLUSH, PREFETCH_NO_FAULT, ib_uverbs_advise_mr
     from kit.drivers.mlx5.descriptors import Sge
+    from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH_NO_FAULT, ib_uverbs_advise_mr
 
     rig = Rig(era, device_frames=1 << 14)
     device = driver.DmirrorDevice(rig.memory, 0, chunk_pages=1024)

@@ -8,8 +8,8 @@ from drivers.mlx5.rig import ALL, PD, Pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.drivers.mlx5.dma import DmaDevice
-from kit.drivers.mlx5.mkey import MkeyTable, Need, Verdict
+from kit.drivers.mlx5.adapter.mkey import MkeyTable, Need, Verdict
+from kit.drivers.mlx5.core.dma import DmaDevice
 from kit.drivers.mlx5.types import (
     KLM,
     MTT_PRESENT,
@@ -25,7 +25,7 @@ from kit.drivers.mlx5.types import (
     UmrWqe,
     WcStatus,
 )  # fmt: skip
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
 from kit.sim.engine import Engine
 
 GIB = 1 << 30

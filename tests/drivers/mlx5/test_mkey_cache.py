@@ -7,14 +7,14 @@ from drivers.mlx5.odp_rig import ODP, Rig, failed
 
 from kit.drivers.mlx5.descriptors import HcaCaps
 from kit.drivers.mlx5.enums import PAGE, Access, AccessMode, Era
-from kit.drivers.mlx5.mkey_cache import (
+from kit.drivers.mlx5.mr.mkey_cache import (
     NUM_MKEYS_PER_PAGE,
     mkey_cache_ent_from_rb_key,
     pop_mkey_locked,
     push_mkey_locked,
 )
+from kit.drivers.mlx5.mr.restrack import mr_cache_debugfs
 from kit.drivers.mlx5.objects import RbKey
-from kit.drivers.mlx5.restrack import mr_cache_debugfs
 
 
 def mtt(ndescs: int, flags: int = 0) -> RbKey:
@@ -48,7 +48,7 @@ def test_filling_ends_at_the_high_water_mark(era, short):
 def test_last_in_first_out_and_pages():
     assert NUM_MKEYS_PER_PAGE == 1020
     rig = Rig(cache=False)
-    from kit.drivers.mlx5.mkey_cache import mlx5r_cache_create_ent_locked
+    from kit.drivers.mlx5.mr.mkey_cache import mlx5r_cache_create_ent_locked
 
     ent = mlx5r_cache_create_ent_locked(rig.dev, rig.thread, mtt(4), True)
     for key in range(2041):
@@ -77,7 +77,7 @@ def test_lookup_takes_the_smallest_that_is_large_enough():
 
 def test_since_6_12_an_entry_may_not_be_much_larger():
     rig = Rig(Era.NEW)
-    from kit.drivers.mlx5.mkey_cache import mlx5r_cache_create_ent_locked
+    from kit.drivers.mlx5.mr.mkey_cache import mlx5r_cache_create_ent_locked
 
     flags = int(Access.RELAXED_ORDERING)
     mlx5r_cache_create_ent_locked(rig.dev, rig.thread, mtt(100, flags), False)
@@ -156,7 +156,7 @@ def test_the_collector_waits_while_another_entry_is_being_filled():
 
 def test_a_failed_creation_stops_filling_for_a_second():
     rig = Rig(cache=False)
-    from kit.drivers.mlx5.mkey_cache import mlx5_mkey_cache_init
+    from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init
 
     rig.dev.inject.fail("cache_async")
     rig.run(mlx5_mkey_cache_init(rig.dev, rig.thread))

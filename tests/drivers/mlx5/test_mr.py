@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import GIB, ODP, PINNED, Rig, failed, steps
 
+from kit.drivers.mlx5.adapter.mkey import Need, Verdict
 from kit.drivers.mlx5.descriptors import HcaCaps
 from kit.drivers.mlx5.device import imr_shape
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era, OdpGeneral
-from kit.drivers.mlx5.mkey import Need, Verdict
 from kit.memory.types import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_NONE, PROT_READ, PROT_WRITE
 
 ERAS = [Era.OLD, Era.MID, Era.NEW]
@@ -148,7 +148,7 @@ def test_a_device_that_cannot_page(era, errno):
 
 @pytest.mark.parametrize("era", ERAS)
 def test_a_kernel_without_paging(era):
-    from kit.drivers.mlx5.mr import mlx5_ib_reg_user_mr
+    from kit.drivers.mlx5.mr.reg import mlx5_ib_reg_user_mr
 
     rig = Rig(era, config_odp=False)
     va = rig.mmap(1)
@@ -244,7 +244,7 @@ def test_bounce_buffers_and_hmm_dma_maps():
 
 @pytest.mark.parametrize("era", ERAS)
 def test_hugetlb_regions_have_entries_of_2_mib(era):
-    from kit.memory.mmap import mmap
+    from kit.memory.syscalls.mmap import mmap
 
     rig = Rig(era)
     rig.memory.set_hugetlb_pool(9, 4)
@@ -347,7 +347,7 @@ def test_shape(era, task_size, shift, ksm):
 
 def test_five_levels_give_children_of_16_gib():
     rig = Rig(Era.NEW, task_size=(1 << 56) - PAGE, cache=False)
-    from kit.drivers.mlx5.mkey_cache import mlx5_mkey_cache_init
+    from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init
 
     rig.run(mlx5_mkey_cache_init(rig.dev, rig.thread))
     imr = rig.implicit()

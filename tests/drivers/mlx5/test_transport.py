@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from drivers.mlx5.rig import PD, Pair, noise
 
-from kit.drivers.mlx5.hca import HcaParameters
-from kit.drivers.mlx5.qp import RNR_TIMER, Srq
+from kit.drivers.mlx5.adapter.hca import HcaParameters
+from kit.drivers.mlx5.adapter.qp import RNR_TIMER, Srq
 from kit.drivers.mlx5.types import (
     PAGE,
     Access,

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.drivers.mlx5.adapter.fabric import Fabric
+from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
+from kit.drivers.mlx5.adapter.qp import Qp, Srq
 from kit.drivers.mlx5.costs import COSTS, make_costs
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
-from kit.drivers.mlx5.fabric import Fabric
-from kit.drivers.mlx5.hca import Hca, HcaParameters
-from kit.drivers.mlx5.mkey_cache import mlx5_mkey_cache_init, warm_cache
+from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init, warm_cache
 from kit.drivers.mlx5.objects import Mlx5IbMr
-from kit.drivers.mlx5.qp import Qp, Srq
 from kit.drivers.mlx5.types import PAGE, U64_MAX, Access, Era, HcaCaps, QpType, RecvWr, SendWr, Sge, Wc, WrOpcode
 from kit.drivers.mlx5.verbs import (
     alloc_pd,
@@ -26,13 +26,13 @@ from kit.drivers.mlx5.verbs import (
     reg_mr,
     wait_cq,
 )
-from kit.memory.access import read_bytes, write_bytes
 from kit.memory.costs import COSTS as MM_COSTS
 from kit.memory.costs import make_costs as make_mm_costs
-from kit.memory.madvise import madvise
-from kit.memory.mm import Mm
-from kit.memory.mmap import mmap, munmap
-from kit.memory.pages import PhysicalMemory
+from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.space.access import read_bytes, write_bytes
+from kit.memory.space.mm import Mm
+from kit.memory.syscalls.madvise import madvise
+from kit.memory.syscalls.mmap import mmap, munmap
 from kit.memory.types import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 from kit.sim.engine import Engine, Wait
 

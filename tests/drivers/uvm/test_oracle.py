@@ -12,7 +12,7 @@ from drivers.uvm.oracle import Oracle
 from hypothesis import given, settings
 
 from kit.drivers.uvm.types import CPU, GPU, READ, WRITE
-from kit.memory.pagemask import pages_of
+from kit.memory.table.pagemask import pages_of
 
 Step = tuple[str, int, list[int], bool]  # cpu, gpu (one thread) or batch (all at once); range; pages; write
 

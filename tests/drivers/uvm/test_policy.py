@@ -20,7 +20,7 @@ from kit.drivers.uvm.types import (
 )
 from kit.drivers.uvm.va_space import uvm_va_range_block_create
 from kit.errors import DriverError
-from kit.memory.pagemask import region
+from kit.memory.table.pagemask import region
 
 
 def ready(advice: str = "", where: str = "C", **module: object) -> tuple[Harness, VaRange, VaBlock]:

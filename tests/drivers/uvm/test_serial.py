@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kit.drivers.uvm.serial import SerialKernel
 from kit.drivers.uvm.sm import Misses, StreamKernel
-from kit.memory.content import Content
+from kit.memory.physical.content import Content
 
 SLOTS = 40
 TOUCHES = st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.booleans()), max_size=300)

@@ -1,0 +1,1 @@
+"""The adapter: keys, queue pairs, messages, and the hardware's side of UMR."""

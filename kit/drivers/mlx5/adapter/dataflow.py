@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.mlx5.descriptors import Sge
 from kit.drivers.mlx5.adapter.mkey import NOTHING, Need, Run, Translation, Verdict
 from kit.drivers.mlx5.adapter.payload import gather, scatter
+from kit.drivers.mlx5.descriptors import Sge
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.adapter.hca import Hca

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kit.drivers.mlx5.enums import QpState
 from kit.drivers.mlx5.adapter.message import Message
 from kit.drivers.mlx5.adapter.responder import arrive
 from kit.drivers.mlx5.adapter.retries import unanswered
+from kit.drivers.mlx5.enums import QpState
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.adapter.hca import Hca

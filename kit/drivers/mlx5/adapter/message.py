@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from kit.drivers.mlx5.descriptors import SendWr
     from kit.drivers.mlx5.adapter.hca import Hca
     from kit.drivers.mlx5.adapter.qp import Qp
+    from kit.drivers.mlx5.descriptors import SendWr
 
 __all__ = ["Message", "transmit"]
 

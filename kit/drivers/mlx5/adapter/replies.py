@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.mlx5.descriptors import PageFaultEqe
-from kit.drivers.mlx5.enums import PageFaultSubtype, PageFaultType, QpState, QpType, WcStatus
 from kit.drivers.mlx5.adapter.message import Message, transmit
 from kit.drivers.mlx5.adapter.mkey import Translation
 from kit.drivers.mlx5.adapter.qp import Qp, Responder
 from kit.drivers.mlx5.adapter.requester import acknowledge, answer, negative
 from kit.drivers.mlx5.adapter.retries import not_ready
+from kit.drivers.mlx5.descriptors import PageFaultEqe
+from kit.drivers.mlx5.enums import PageFaultSubtype, PageFaultType, QpState, QpType, WcStatus
 
 __all__ = ["ack", "back", "done", "fault", "nak", "rdma_fault", "reply", "rnr"]
 

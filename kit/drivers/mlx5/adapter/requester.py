@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.drivers.mlx5.adapter.dataflow import read_list, write_list
+from kit.drivers.mlx5.adapter.message import Message, transmit
+from kit.drivers.mlx5.adapter.mkey import Translation, Verdict
+from kit.drivers.mlx5.adapter.qp import READS, Qp, SendWqe
 from kit.drivers.mlx5.descriptors import PageFaultEqe
 from kit.drivers.mlx5.enums import (
     PageFaultSubtype,
@@ -19,9 +22,6 @@ from kit.drivers.mlx5.enums import (
     WcStatus,
     WrOpcode,
 )  # fmt: skip
-from kit.drivers.mlx5.adapter.message import Message, transmit
-from kit.drivers.mlx5.adapter.mkey import Translation, Verdict
-from kit.drivers.mlx5.adapter.qp import READS, Qp, SendWqe
 
 __all__ = ["acknowledge", "advance", "answer", "kick", "negative", "rewind"]
 

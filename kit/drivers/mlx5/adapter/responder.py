@@ -10,6 +10,11 @@ from collections import deque
 import numpy as np
 
 from kit.drivers.mlx5.adapter.dataflow import EMPTY, access, write_list
+from kit.drivers.mlx5.adapter.message import Message
+from kit.drivers.mlx5.adapter.mkey import Need, Verdict
+from kit.drivers.mlx5.adapter.qp import ATOMICS, Qp, RecvWqe, Responder, Srq
+from kit.drivers.mlx5.adapter.replies import ack, back, done, fault, nak, rdma_fault, reply, rnr
+from kit.drivers.mlx5.adapter.retries import sequence_error
 from kit.drivers.mlx5.descriptors import PageFaultEqe
 from kit.drivers.mlx5.enums import (
     PageFaultSubtype,
@@ -18,11 +23,6 @@ from kit.drivers.mlx5.enums import (
     WcStatus,
     WrOpcode,
 )  # fmt: skip
-from kit.drivers.mlx5.adapter.message import Message
-from kit.drivers.mlx5.adapter.mkey import Need, Verdict
-from kit.drivers.mlx5.adapter.qp import ATOMICS, Qp, RecvWqe, Responder, Srq
-from kit.drivers.mlx5.adapter.replies import ack, back, done, fault, nak, rdma_fault, reply, rnr
-from kit.drivers.mlx5.adapter.retries import sequence_error
 
 __all__ = ["arrive"]
 

@@ -5,10 +5,10 @@ The transport timer runs only for messages that nobody will answer: any other is
 
 from __future__ import annotations
 
-from kit.drivers.mlx5.enums import QpState, QpType, WcStatus
 from kit.drivers.mlx5.adapter.message import Message, transmit
 from kit.drivers.mlx5.adapter.qp import READS, RNR_TIMER, Qp, SendWqe
 from kit.drivers.mlx5.adapter.requester import advance, kick, negative, rewind
+from kit.drivers.mlx5.enums import QpState, QpType, WcStatus
 
 __all__ = ["flood", "not_ready", "sequence_error", "timeout_of", "unacknowledged", "unanswered"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
+from kit.drivers.mlx5.adapter.mkey import HwMkey
 from kit.drivers.mlx5.descriptors import UmrWqe
 from kit.drivers.mlx5.enums import MkeyMask, UmrFlags
-from kit.drivers.mlx5.adapter.mkey import HwMkey
 
 __all__ = ["apply_umr", "umr_refused"]
 

@@ -1,0 +1,1 @@
+"""mr.c and umr.c: registering and deregistering, the mkey cache, translations."""

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from kit.drivers.mlx5.core.cmd import mlx5_core_destroy_mkey
+from kit.drivers.mlx5.core.linux import xa_erase
 from kit.drivers.mlx5.device import mlx5r_umr_can_load_pas
 from kit.drivers.mlx5.enums import Era, base_mkey
-from kit.drivers.mlx5.core.linux import xa_erase
 from kit.drivers.mlx5.mr.mkey_cache import TMP_LIFETIME
 from kit.drivers.mlx5.mr.mkey_cache_alloc import cache_ent_find_and_store
-from kit.drivers.mlx5.umem.umem import ib_umem_release
 from kit.drivers.mlx5.mr.umr_post import mlx5r_umr_revoke_mr
+from kit.drivers.mlx5.umem.umem import ib_umem_release
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 

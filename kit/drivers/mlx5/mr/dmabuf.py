@@ -9,22 +9,22 @@ from __future__ import annotations
 from errno import EINVAL, EOPNOTSUPP, EPROTONOSUPPORT
 from typing import TYPE_CHECKING, cast
 
-from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.device import mlx5r_umr_can_load_pas
 from kit.drivers.mlx5.enums import PAGE, Access, Era
+from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.mr.reg import alloc_cacheable_mr, ib_check_mr_access, mlx5r_store_odp_mkey, page_sizes
+from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_mr_pas
+from kit.drivers.mlx5.mr.umr_page_size import mlx5r_umr_dmabuf_update_pgsz
+from kit.drivers.mlx5.mr.umr_post import mlx5r_umr_resource_init
 from kit.drivers.mlx5.objects import PF_ENABLE, UPD_XLT_ENABLE, UPD_XLT_ZAP, IbPd, Mlx5IbMr
 from kit.drivers.mlx5.odp.fault import BytesMapped
-from kit.drivers.mlx5.umem.umem import ib_umem_find_best_pgsz, ib_umem_release
 from kit.drivers.mlx5.umem.dmabuf import (
     IbUmemDmabuf,
     ib_umem_dmabuf_get,
     ib_umem_dmabuf_map_pages,
     ib_umem_dmabuf_unmap_pages,
 )
-from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_mr_pas
-from kit.drivers.mlx5.mr.umr_page_size import mlx5r_umr_dmabuf_update_pgsz
-from kit.drivers.mlx5.mr.umr_post import mlx5r_umr_resource_init
+from kit.drivers.mlx5.umem.umem import ib_umem_find_best_pgsz, ib_umem_release
 from kit.errors import Errno
 from kit.memory.device.dma_buf import DmaBufAttachment, DmaBufAttachOps
 from kit.sim.engine import Thread, Wait

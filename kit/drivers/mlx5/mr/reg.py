@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.drivers.mlx5.core.cmd import mlx5_core_create_mkey
-from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
+from kit.drivers.mlx5.core.linux import xa_init, xa_store
 from kit.drivers.mlx5.descriptors import Mkc
 from kit.drivers.mlx5.device import mlx5r_umr_can_load_pas
 from kit.drivers.mlx5.enums import (
@@ -22,7 +22,7 @@ from kit.drivers.mlx5.enums import (
     OdpGeneral,
     base_mkey,
 )
-from kit.drivers.mlx5.core.linux import xa_init, xa_store
+from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.mr.mkey_cache import (
     get_unchangeable_access_flags,
     mkey_cache_ent_from_rb_key,
@@ -30,24 +30,24 @@ from kit.drivers.mlx5.mr.mkey_cache import (
 )
 from kit.drivers.mlx5.mr.mkey_cache_alloc import _mlx5_mr_cache_alloc
 from kit.drivers.mlx5.mr.mkey_cache_work import assign_mkey_variant
+from kit.drivers.mlx5.mr.umr import dma_blocks, mlx5r_umr_update_mr_pas
+from kit.drivers.mlx5.mr.umr_post import mlx5r_umr_resource_init
 from kit.drivers.mlx5.objects import MKEY_MR, UPD_XLT_ENABLE, IbPd, Mlx5IbMkey, Mlx5IbMr, RbKey
 from kit.drivers.mlx5.odp.fault import mlx5_ib_init_odp_mr
 from kit.drivers.mlx5.odp.implicit import mlx5_ib_alloc_implicit_mr
 from kit.drivers.mlx5.odp.invalidate import mlx5_mn_ops
 from kit.drivers.mlx5.odp.pf_eq import mlx5r_odp_create_eq
-from kit.drivers.mlx5.umem.umem import ib_umem_find_best_pgsz, ib_umem_get, ib_umem_release
 from kit.drivers.mlx5.umem.odp import ib_umem_odp_get
-from kit.drivers.mlx5.mr.umr import dma_blocks, mlx5r_umr_update_mr_pas
-from kit.drivers.mlx5.mr.umr_post import mlx5r_umr_resource_init
+from kit.drivers.mlx5.umem.umem import ib_umem_find_best_pgsz, ib_umem_get, ib_umem_release
 from kit.errors import Errno
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
-    from kit.drivers.mlx5.umem.umem import IbUmem
     from kit.drivers.mlx5.umem.dmabuf import IbUmemDmabuf
     from kit.drivers.mlx5.umem.odp import IbUmemOdp
+    from kit.drivers.mlx5.umem.umem import IbUmem
     from kit.drivers.mlx5.verbs import Dmah
     from kit.memory.space.mm import Mm
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.drivers.mlx5.core.linux import dma_map_single, dma_unmap_single
 from kit.drivers.mlx5.descriptors import Mkc, UmrWqe
 from kit.drivers.mlx5.device import MLX5_MAX_UMR_SHIFT
 from kit.drivers.mlx5.enums import KLM, MTT_PRESENT, PAGE, PAGE_SHIFT, UMR_ALIGNMENT, MkeyMask, UmrFlags, mkey_variant
-from kit.drivers.mlx5.core.linux import dma_map_single, dma_unmap_single
+from kit.drivers.mlx5.mr.umr_post import access_mask, mlx5r_umr_post_send_wait, pd_mask
 from kit.drivers.mlx5.objects import (
     UPD_XLT_ACCESS,
     UPD_XLT_ADDR,
@@ -24,7 +25,6 @@ from kit.drivers.mlx5.objects import (
     UPD_XLT_ZAP,
 )
 from kit.drivers.mlx5.odp.xlt import mlx5_odp_populate_xlt
-from kit.drivers.mlx5.mr.umr_post import access_mask, mlx5r_umr_post_send_wait, pd_mask
 from kit.errors import Errno
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
@@ -32,8 +32,8 @@ from kit.sim.trace import step, waiting_step
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
     from kit.drivers.mlx5.objects import Mlx5IbMr
-    from kit.drivers.mlx5.umem.umem import IbUmem
     from kit.drivers.mlx5.umem.odp import IbUmemOdp
+    from kit.drivers.mlx5.umem.umem import IbUmem
 
 __all__ = [
     "MLX5_MAX_UMR_CHUNK", "MLX5_SPARE_UMR_CHUNK", "Xlt", "mlx5r_umr_alloc_xlt", "mlx5r_umr_update_mr_pas",

@@ -1,0 +1,1 @@
+"""odp.c: page faults, implicit regions, invalidation, prefetch."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from errno import EINVAL, ENOENT, ENOMEM, EOPNOTSUPP, EPERM
 from typing import TYPE_CHECKING
 
-from kit.drivers.mlx5.mr.dereg import mlx5r_deref_odp_mkey
+from kit.drivers.mlx5.core.linux import queue_work, xa_load
 from kit.drivers.mlx5.descriptors import Sge
 from kit.drivers.mlx5.enums import base_mkey
-from kit.drivers.mlx5.core.linux import queue_work, xa_load
+from kit.drivers.mlx5.mr.dereg import mlx5r_deref_odp_mkey
 from kit.drivers.mlx5.objects import MKEY_MR, PF_DOWNGRADE, PF_SNAPSHOT, IbPd, Mlx5IbMr
 from kit.drivers.mlx5.odp.fault import BytesMapped, mlx5_update_odp_stats, pagefault_mr
 from kit.errors import Errno

@@ -7,6 +7,7 @@ from errno import EAGAIN, EFAULT
 from typing import cast
 
 from kit.drivers.mlx5.enums import PAGE_SHIFT, U64_MAX
+from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_xlt
 from kit.drivers.mlx5.objects import (
     PF_DOWNGRADE,
     PF_ENABLE,
@@ -18,7 +19,6 @@ from kit.drivers.mlx5.objects import (
 )
 from kit.drivers.mlx5.umem.odp import ODP_READ, ODP_WRITE, IbUmemOdp
 from kit.drivers.mlx5.umem.odp_map import ib_umem_odp_map_dma_and_lock
-from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_xlt
 from kit.errors import Errno
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step

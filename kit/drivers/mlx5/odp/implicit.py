@@ -6,12 +6,13 @@ from errno import EFAULT, ENOMEM, EOPNOTSUPP
 from typing import TYPE_CHECKING, cast
 
 from kit.drivers.mlx5.core.cmd import mlx5_core_create_mkey
-from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr, mlx5r_deref_odp_mkey, mlx5r_deref_wait_odp_mkey
+from kit.drivers.mlx5.core.linux import __xa_cmpxchg, queue_work, xa_erase, xa_init, xa_load, xa_store
 from kit.drivers.mlx5.descriptors import Mkc
 from kit.drivers.mlx5.device import mlx5r_umr_can_load_pas
 from kit.drivers.mlx5.enums import PAGE_SHIFT, AccessMode, base_mkey
-from kit.drivers.mlx5.core.linux import __xa_cmpxchg, queue_work, xa_erase, xa_init, xa_load, xa_store
+from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr, mlx5r_deref_odp_mkey, mlx5r_deref_wait_odp_mkey
 from kit.drivers.mlx5.mr.mkey_cache_alloc import mlx5_mr_cache_alloc
+from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_xlt
 from kit.drivers.mlx5.objects import (
     MKEY_IMPLICIT_CHILD,
     MKEY_NULL,
@@ -29,7 +30,6 @@ from kit.drivers.mlx5.umem.odp import (
     ib_umem_odp_alloc_implicit,
     ib_umem_odp_release,
 )
-from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_xlt
 from kit.errors import Errno
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_xlt
 from kit.drivers.mlx5.objects import UPD_XLT_ATOMIC, UPD_XLT_ZAP, Mlx5IbMr
 from kit.drivers.mlx5.odp.fault import count
 from kit.drivers.mlx5.odp.implicit import destroy_unused_implicit_child_mr
 from kit.drivers.mlx5.umem.odp import IbUmemOdp
 from kit.drivers.mlx5.umem.odp_map import ib_umem_odp_unmap_dma_pages
-from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_xlt
 from kit.memory.mirror.mmu_notifier import MmuIntervalNotifierOps, mmu_interval_set_seq, mmu_notifier_range_blockable
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import waiting_step

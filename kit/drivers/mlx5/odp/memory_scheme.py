@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kit.drivers.mlx5.mr.dereg import mlx5r_deref_odp_mkey
 from kit.drivers.mlx5.enums import U64_MAX
+from kit.drivers.mlx5.mr.dereg import mlx5r_deref_odp_mkey
 from kit.drivers.mlx5.objects import MKEY_IMPLICIT_CHILD, Mlx5IbMkey
-from kit.drivers.mlx5.odp.page_fault import Pagefault, mlx5_ib_page_fault_resume
 from kit.drivers.mlx5.odp.fault import count, pagefault_mr
+from kit.drivers.mlx5.odp.page_fault import Pagefault, mlx5_ib_page_fault_resume
 from kit.drivers.mlx5.odp.segment import find_odp_mkey
 from kit.errors import Errno
 from kit.sim.engine import Thread, Wait

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from errno import ENOMEM
 from typing import TYPE_CHECKING
 
-from kit.drivers.mlx5.descriptors import PageFaultEqe
-from kit.drivers.mlx5.enums import Era, PageFaultSubtype
 from kit.drivers.mlx5.core.eq import (
     EqParam,
     mlx5_eq_create_generic,
@@ -27,15 +25,17 @@ from kit.drivers.mlx5.core.linux import (
     queue_work,
     schedule_work,
 )
-from kit.drivers.mlx5.odp.page_fault import Pagefault, mlx5_ib_pfault
 from kit.drivers.mlx5.core.waiting import DelayedWork, Workqueue
+from kit.drivers.mlx5.descriptors import PageFaultEqe
+from kit.drivers.mlx5.enums import Era, PageFaultSubtype
+from kit.drivers.mlx5.odp.page_fault import Pagefault, mlx5_ib_pfault
 from kit.errors import Errno
 from kit.sim.engine import Lock, Thread, Wait
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:
-    from kit.drivers.mlx5.device import Mlx5IbDev
     from kit.drivers.mlx5.core.eq import Eq
+    from kit.drivers.mlx5.device import Mlx5IbDev
 
 __all__ = ["PfEq", "mlx5_ib_odp_destroy_eq", "mlx5r_odp_create_eq"]
 

@@ -6,9 +6,9 @@ from errno import EFAULT, ENOENT, ENOMEM
 from typing import TYPE_CHECKING
 
 from kit.drivers.mlx5.core.cmd import mlx5_core_query_mkey
-from kit.drivers.mlx5.mr.dereg import mlx5r_deref_odp_mkey
-from kit.drivers.mlx5.enums import PAGE, PAGE_SHIFT, Era, base_mkey
 from kit.drivers.mlx5.core.linux import xa_load
+from kit.drivers.mlx5.enums import PAGE, PAGE_SHIFT, Era, base_mkey
+from kit.drivers.mlx5.mr.dereg import mlx5r_deref_odp_mkey
 from kit.drivers.mlx5.objects import MKEY_INDIRECT_DEVX, MKEY_MR, MKEY_MW, Mlx5IbMkey
 from kit.drivers.mlx5.odp.fault import BytesMapped, count, pagefault_mr
 from kit.errors import Errno

@@ -5,12 +5,12 @@ from __future__ import annotations
 from errno import EAGAIN, EFAULT
 from typing import TYPE_CHECKING
 
+from kit.drivers.mlx5.adapter.qp import Qp, Srq
 from kit.drivers.mlx5.descriptors import Seg, WqeImage
 from kit.drivers.mlx5.enums import INVALID_LKEY, PAGE, PageFaultType, PageRequest, QpType, WrOpcode
-from kit.drivers.mlx5.odp.page_fault import Pagefault, mlx5_ib_page_fault_resume
 from kit.drivers.mlx5.odp.fault import BytesMapped
+from kit.drivers.mlx5.odp.page_fault import Pagefault, mlx5_ib_page_fault_resume
 from kit.drivers.mlx5.odp.segment import pagefault_single_data_segment
-from kit.drivers.mlx5.adapter.qp import Qp, Srq
 from kit.errors import Errno
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.mlx5.enums import MTT_READ, MTT_WRITE, PAGE_SHIFT, Era
 from kit.drivers.mlx5.core.linux import hmm_dma_map_pfn
+from kit.drivers.mlx5.enums import MTT_READ, MTT_WRITE, PAGE_SHIFT, Era
 from kit.drivers.mlx5.objects import UPD_XLT_DOWNGRADE, UPD_XLT_INDIRECT, UPD_XLT_ZAP
 from kit.drivers.mlx5.umem.odp import MAPPED, VALID, WRITE
 from kit.errors import Errno

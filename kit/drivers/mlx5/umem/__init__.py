@@ -1,0 +1,1 @@
+"""core/umem*.c: the memory that a region is made of."""

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from kit.drivers.mlx5.enums import PAGE_SHIFT, U64_MAX, Access, Era
 from kit.errors import Errno
-from kit.memory.syscalls.exit import mmput
 from kit.memory.mirror.hmm_entries import (
     HMM_PFN_DMA_MAPPED,
     HMM_PFN_VALID,
@@ -26,14 +25,15 @@ from kit.memory.mirror.mmu_notifier import (
     mmu_interval_notifier_insert,
     mmu_interval_notifier_remove,
 )
+from kit.memory.syscalls.exit import mmput
 from kit.sim.engine import Lock, Thread, Wait
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
     from kit.drivers.mlx5.objects import Mlx5IbMr
-    from kit.memory.space.mm import Mm
     from kit.memory.mirror.mmu_notifier import MmuIntervalNotifierOps
+    from kit.memory.space.mm import Mm
 
 __all__ = [
     "MAPPED", "ODP_READ", "ODP_WRITE", "RIGHTS", "VALID", "WRITE", "IbUmemOdp", "ib_umem_odp_alloc_child",
