@@ -21,7 +21,7 @@ from kit.drivers.mlx5.descriptors import Sge
 from kit.drivers.mlx5.enums import PAGE, Era
 from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH, ib_uverbs_advise_mr
-from kit.drivers.mlx5.odp.page_fault import invalidate as odp_invalidate
+from kit.drivers.mlx5.odp import invalidate as odp_invalidate
 from kit.drivers.mlx5.types import HcaCaps
 from kit.memory.space.access import load, store
 
