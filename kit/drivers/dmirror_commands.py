@@ -28,13 +28,14 @@ from kit.drivers.dmirror_types import (
 )  # fmt: skip
 from kit.errors import Errno
 from kit.memory.device.exclusive import make_device_exclusive
-from kit.memory.device.memremap import (
-    MEMORY_DEVICE_COHERENT,
-    MEMORY_DEVICE_PRIVATE,
-    DevPagemap,
-    memunmap_pages,
-    pgmaps_where,
-)  # fmt: skip
+from kit.memory.device.hmm import (
+    HMM_RANGE_DEFAULT_TIMEOUT,
+    HmmRange,
+    hmm_pfn_to_map_order,
+    hmm_pfn_to_pfn,
+    hmm_range_fault,
+)
+from kit.memory.device.hmm_entries import HMM_PFN_ERROR, HMM_PFN_VALID, HMM_PFN_WRITE
 from kit.memory.device.migrate_device import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
@@ -45,15 +46,7 @@ from kit.memory.device.migrate_device import (
     migrate_pfn,
     migrate_pfn_to_pfn,
 )  # fmt: skip
-from kit.memory.mirror.hmm import (
-    HMM_RANGE_DEFAULT_TIMEOUT,
-    HmmRange,
-    hmm_pfn_to_map_order,
-    hmm_pfn_to_pfn,
-    hmm_range_fault,
-)
-from kit.memory.mirror.hmm_entries import HMM_PFN_ERROR, HMM_PFN_VALID, HMM_PFN_WRITE
-from kit.memory.mirror.mmu_notifier import (
+from kit.memory.notifier.mmu_notifier import (
     MmuIntervalNotifier,
     MmuIntervalNotifierOps,
     MmuNotifierRange,
@@ -63,6 +56,13 @@ from kit.memory.mirror.mmu_notifier import (
     mmu_interval_read_retry,
     mmu_interval_set_seq,
     mmu_notifier_lock,
+)  # fmt: skip
+from kit.memory.physical.memremap import (
+    MEMORY_DEVICE_COHERENT,
+    MEMORY_DEVICE_PRIVATE,
+    DevPagemap,
+    memunmap_pages,
+    pgmaps_where,
 )  # fmt: skip
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.syscalls.exit import mmput

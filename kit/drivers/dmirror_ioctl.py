@@ -42,7 +42,7 @@ from kit.memory.device.migrate_device import (
     migrate_vma_pages,
     migrate_vma_setup,
 )  # fmt: skip
-from kit.memory.physical.alloc import alloc_folios
+from kit.memory.reclaim.alloc import alloc_folios
 from kit.memory.space.vm_insert import vm_insert_pages
 from kit.memory.space.vma import Vma
 from kit.memory.syscalls.exit import mmput

@@ -23,7 +23,7 @@ from kit.memory.device.migrate_device import (
     migrate_pfn,
     migrate_pfn_to_pfn,
 )
-from kit.memory.physical.alloc import alloc_folios
+from kit.memory.reclaim.alloc import alloc_folios
 from kit.memory.types import HPAGE_PMD_NR
 
 if TYPE_CHECKING:

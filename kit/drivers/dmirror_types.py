@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.device.memremap import DevPagemap
 from kit.memory.device.migrate_vma import MIGRATE_VMA_SELECT_DEVICE_COHERENT, MIGRATE_VMA_SELECT_DEVICE_PRIVATE
-from kit.memory.physical.alloc import alloc_folios
+from kit.memory.physical.memremap import DevPagemap
+from kit.memory.reclaim.alloc import alloc_folios
 from kit.memory.table.cpu_table import CpuTable
 from kit.memory.types import HPAGE_PMD_NR
 from kit.sim.costs import Costs

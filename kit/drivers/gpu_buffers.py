@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.device.dma_resv import DmaResv
-from kit.memory.device.memremap import DEVICE_PRIVATE, DevPagemap, DevPagemapOps, plug_in
+from kit.memory.physical.memremap import DEVICE_PRIVATE, DevPagemap, DevPagemapOps, plug_in
 
 if TYPE_CHECKING:
     from kit.memory.device.dma_buf_types import DmaBuf

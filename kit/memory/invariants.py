@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.device.memremap import MEMORY_DEVICE_PRIVATE
 from kit.memory.files.file import File
+from kit.memory.physical.memremap import MEMORY_DEVICE_PRIVATE
 from kit.memory.types import HPAGE_PMD_NR, PG, VM_HUGETLB, Bit, Kind
 
 if TYPE_CHECKING:

@@ -25,13 +25,13 @@ from kit.drivers.dmirror_types import (
     HmmDmirrorCmd,
 )
 from kit.memory.costs import COSTS, make_costs
+from kit.memory.faults.access import load, read_bytes, store, write_bytes
+from kit.memory.faults.gup import get_user_pages, pin_user_pages, pin_user_pages_fast, unpin_user_pages
 from kit.memory.files.file import File
 from kit.memory.files.filemap import pread, pwrite, truncate
 from kit.memory.invariants import check_invariants
 from kit.memory.physical.pages import PhysicalMemory
 from kit.memory.physical.swap import folio_free_swap
-from kit.memory.space.access import load, read_bytes, store, write_bytes
-from kit.memory.space.gup import get_user_pages, pin_user_pages, pin_user_pages_fast, unpin_user_pages
 from kit.memory.space.mm import Mm
 from kit.memory.syscalls.exit import mmput
 from kit.memory.syscalls.fork import fork

@@ -7,14 +7,6 @@ from typing import Any
 import numpy as np
 from hmm.harness import Fixture, Program
 
-from kit.memory.device.memremap import (
-    MEMORY_DEVICE_COHERENT,
-    MEMORY_DEVICE_PRIVATE,
-    DevPagemap,
-    DevPagemapOps,
-    memremap_pages,
-    zone_device_folio_init,
-)
 from kit.memory.device.migrate_device import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
@@ -27,6 +19,14 @@ from kit.memory.device.migrate_device import (
     migrate_vma_finalize,
     migrate_vma_pages,
     migrate_vma_setup,
+)
+from kit.memory.physical.memremap import (
+    MEMORY_DEVICE_COHERENT,
+    MEMORY_DEVICE_PRIVATE,
+    DevPagemap,
+    DevPagemapOps,
+    memremap_pages,
+    zone_device_folio_init,
 )
 from kit.memory.types import PAGE
 from kit.sim.engine import Thread, Wait

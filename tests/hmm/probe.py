@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from hmm.harness import Process, Program
 
-from kit.memory.mirror.hmm import HmmRange, hmm_range_fault
-from kit.memory.mirror.hmm_entries import (
+from kit.memory.device.hmm import HmmRange, hmm_range_fault
+from kit.memory.device.hmm_entries import (
     HMM_PFN_ERROR,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
 )
-from kit.memory.mirror.mmu_notifier import (
+from kit.memory.notifier.mmu_notifier import (
     MmuIntervalNotifier,
     MmuIntervalNotifierOps,
     MmuNotifierRange,

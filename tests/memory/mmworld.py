@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from kit.memory.costs import make_costs
-from kit.memory.device.memremap import DEVICE_PRIVATE, DevPagemap, memremap_pages, zone_device_folio_init
 from kit.memory.device.migrate_device import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
@@ -20,12 +19,13 @@ from kit.memory.device.migrate_device import (
     migrate_vma_pages,
     migrate_vma_setup,
 )
-from kit.memory.mirror.mmu_notifier import (
+from kit.memory.notifier.mmu_notifier import (
     MmuIntervalNotifier,
     MmuIntervalNotifierOps,
     mmu_interval_notifier_insert,
     mmu_interval_set_seq,
 )
+from kit.memory.physical.memremap import DEVICE_PRIVATE, DevPagemap, memremap_pages, zone_device_folio_init
 from kit.memory.physical.pages import PhysicalMemory
 from kit.memory.reclaim.rmap import add_anon_rmap
 from kit.memory.space.mm import Mm

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 
 from kit.errors import DriverError, Errno
 from kit.memory.costs import COSTS, make_costs
+from kit.memory.faults.access import touch
+from kit.memory.faults.gup import pin_user_pages_fast, unpin_user_pages
 from kit.memory.invariants import check_invariants
-from kit.memory.physical.alloc import alloc_pages_exact, free_pages_exact
 from kit.memory.physical.pages import PhysicalMemory
-from kit.memory.space.access import touch
-from kit.memory.space.gup import pin_user_pages_fast, unpin_user_pages
+from kit.memory.reclaim.alloc import alloc_pages_exact, free_pages_exact
 from kit.memory.space.mm import Mm
 from kit.memory.space.special import install_special_mapping
 from kit.memory.space.vm_insert import insert_run, zap_run

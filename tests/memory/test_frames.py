@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 
 from kit.memory.invariants import check_invariants
-from kit.memory.physical.alloc import alloc_pages_exact, free_pages_exact
 from kit.memory.physical.frames import Frames
 from kit.memory.physical.pages import PhysicalMemory
+from kit.memory.reclaim.alloc import alloc_pages_exact, free_pages_exact
 from kit.sim.engine import Engine
 
 STEPS = st.lists(st.tuples(st.sampled_from(["run", "run", "pages", "huge", "free"]), st.integers(1, 600)), max_size=50)

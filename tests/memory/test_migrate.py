@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from memory.mmworld import COMPOUND, FIRST, MIGRATE, RW, VALID, WRITE, World
 
-from kit.memory.device.memremap import DEVICE_COHERENT, DevPagemap, memremap_pages, memunmap_pages
 from kit.memory.device.migrate_device import (
     MIGRATE_VMA_SELECT_COMPOUND,
     MIGRATE_VMA_SELECT_DEVICE_COHERENT,
@@ -24,6 +23,7 @@ from kit.memory.device.migrate_device import (
     migrate_vma_pages,
 )
 from kit.memory.huge.huge_split import __split_huge_pmd
+from kit.memory.physical.memremap import DEVICE_COHERENT, DevPagemap, memremap_pages, memunmap_pages
 from kit.memory.types import VM_HUGETLB, VM_PFNMAP, VM_READ, Bit, Kind, Leaf
 
 SYSTEM, PRIVATE = MIGRATE_VMA_SELECT_SYSTEM, MIGRATE_VMA_SELECT_DEVICE_PRIVATE

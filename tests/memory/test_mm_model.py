@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from kit.errors import DriverError
 from kit.memory.costs import make_costs
+from kit.memory.faults.access import load, store
 from kit.memory.invariants import check_invariants
 from kit.memory.physical.pages import PhysicalMemory
-from kit.memory.space.access import load, store
 from kit.memory.space.mm import Mm
 from kit.memory.syscalls.exit import exit_mmap
 from kit.memory.syscalls.fork import fork

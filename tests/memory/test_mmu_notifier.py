@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kit.memory.mirror.mmu_notifier import (
+from kit.memory.notifier.mmu_notifier import (
     EVENTS,
     MmuIntervalNotifier,
     MmuIntervalNotifierOps,

@@ -27,7 +27,7 @@ from kit.drivers.mlx5.odp.advise import (
 )
 from kit.drivers.mlx5.types import PAGE, U64_MAX, Access, Era, HcaCaps, QpState, Sge, WcStatus, WrOpcode
 from kit.drivers.mlx5.verbs import alloc_pd, connect, create_cq, create_qp, post_send, reg_mr
-from kit.memory.physical.memory_failure import memory_failure
+from kit.memory.reclaim.memory_failure import memory_failure
 from kit.memory.syscalls.mprotect import mprotect
 from kit.memory.types import PROT_NONE, PROT_READ
 

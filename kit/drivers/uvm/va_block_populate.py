@@ -10,7 +10,7 @@ import numpy as np
 from kit.drivers.uvm.pmm_gpu import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, MoreProcessingRequired, VaBlock
 from kit.errors import DriverError
-from kit.memory.physical.alloc import alloc_pages_exact
+from kit.memory.reclaim.alloc import alloc_pages_exact
 from kit.memory.table.pagemask import first_page, region, runs
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step

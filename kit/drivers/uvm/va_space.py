@@ -21,7 +21,7 @@ from kit.drivers.uvm.va_block_map import uvm_va_block_unmap_mask
 from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
 from kit.errors import DriverError, Errno
-from kit.memory.physical.alloc import free_pages_exact
+from kit.memory.reclaim.alloc import free_pages_exact
 from kit.memory.space.special import install_special_mapping
 from kit.memory.space.vma import Vma
 from kit.memory.table.pagemask import runs

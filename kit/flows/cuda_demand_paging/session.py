@@ -34,8 +34,8 @@ from kit.flows.documented import Conformance
 from kit.flows.run import Allocation, Integrity
 from kit.flows.session import Session
 from kit.memory.costs import make_costs
+from kit.memory.faults.access import touch
 from kit.memory.physical.pages import PhysicalMemory
-from kit.memory.space.access import touch
 from kit.memory.space.mm import Mm
 from kit.sim.engine import Thread, Wait
 

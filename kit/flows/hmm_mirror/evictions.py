@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.device.migrate_vma import MIGRATE_PFN_COMPOUND, MIGRATE_PFN_SHIFT
-from kit.memory.mirror.notify import runs
+from kit.memory.notifier.notify import runs
 from kit.memory.types import PAGE, Kind
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from kit.flows.hmm_mirror.structure import Structure, Words
 from kit.flows.run import Integrity
 from kit.flows.session import Session
 from kit.memory.costs import COSTS, make_costs
-from kit.memory.mirror.notify import runs
-from kit.memory.space.gup import unpin_user_pages
+from kit.memory.faults.gup import unpin_user_pages
+from kit.memory.notifier.notify import runs
 from kit.memory.space.mm import Mm
 from kit.memory.syscalls.madvise import madvise
 from kit.memory.types import MADV_PAGEOUT, PAGE

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kit.errors import raise_for
 from kit.flows.rdma.content import Area, cpu_write
-from kit.memory.mirror.notify import runs
+from kit.memory.notifier.notify import runs
 from kit.memory.syscalls.madvise import madvise
 from kit.memory.syscalls.mmap import munmap
 from kit.memory.types import MADV_DONTNEED, MADV_PAGEOUT, PAGE

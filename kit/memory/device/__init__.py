@@ -1,1 +1,1 @@
-"""Device memory: unaddressable frames, migration to and fro, exclusive access, dma-buf."""
+"""Device memory and mirrors: hmm_range_fault, migration to and fro, exclusive access, dma-buf."""

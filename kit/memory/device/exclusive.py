@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import Errno
-from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
 from kit.memory.types import (
     FAULT_FLAG_ALLOW_RETRY,
     FOLL_GET,
@@ -43,7 +43,7 @@ def make_device_exclusive(mm: Mm, thread: Thread, address: int, owner: object) -
         The pfn, locked and with a reference, whose CPU entry is device-exclusive now: program the device, then unlock
         and put it. -EFAULT: no writable area there; -EOPNOTSUPP: not private anonymous memory.
     """
-    from kit.memory.space.gup import faultin_pages
+    from kit.memory.faults.gup import faultin_pages
 
     memory, table = mm.memory, mm.table
     page = address // PAGE

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.device.memremap import DEVICE_COHERENT, DEVICE_PRIVATE, DevPagemap, pgmaps_where
 from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
@@ -24,12 +23,13 @@ from kit.memory.device.migrate_vma import (
     migrate_pfn,
 )
 from kit.memory.huge.huge_split import split_folio
-from kit.memory.mirror.mmu_notifier import (
+from kit.memory.notifier.mmu_notifier import (
     EVENTS,
     MmuNotifierRange,
     mmu_notifier_invalidate_range_end,
     mmu_notifier_invalidate_range_start,
 )
+from kit.memory.physical.memremap import DEVICE_COHERENT, DEVICE_PRIVATE, DevPagemap, pgmaps_where
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.reclaim.rmap import set_migration_entries
 from kit.memory.types import HPAGE_PMD_NR, PG, Bit, Kind, Leaf

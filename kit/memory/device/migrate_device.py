@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import Errno
-from kit.memory.device.memremap import is_device_private
 from kit.memory.device.migrate_collect import migrate_vma_collect
 from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
@@ -32,6 +31,7 @@ from kit.memory.device.migrate_vma import (
     migrate_pfn_to_pfn,
     migrate_pieces,
 )
+from kit.memory.physical.memremap import is_device_private
 from kit.memory.reclaim.migrate_pages import migrate_pages
 from kit.memory.reclaim.rmap import remove_migration_ptes, try_to_migrate
 from kit.memory.types import PG, VM_HUGETLB, VM_SPECIAL

@@ -1,1 +1,1 @@
-"""CPU page faults, by what the entry and the area say."""
+"""CPU page faults, by what the entry and the area say, and accesses that take them."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.physical.alloc import alloc_folios, portions
 from kit.memory.physical.pages import ZERO_PFN
+from kit.memory.reclaim.alloc import alloc_folios, portions
 from kit.memory.reclaim.rmap import add_anon_rmap
 from kit.memory.types import FAULT_FLAG_WRITE, PAGE, PG, VM_FAULT_OOM, Bit, Kind
 from kit.sim.trace import waiting_step

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kit.memory.faults.anon import install_anon
 from kit.memory.files.filemap import get_pages
-from kit.memory.physical.alloc import alloc_folios, portions
+from kit.memory.reclaim.alloc import alloc_folios, portions
 from kit.memory.types import (
     FAULT_FLAG_WRITE,
     PAGE,

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kit.memory.device.memremap import page_pgmap
 from kit.memory.faults.anon import anon_bits
 from kit.memory.huge.huge_split import __split_huge_pmd
-from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start
-from kit.memory.physical.alloc import alloc_huge_folio
+from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.physical.memremap import page_pgmap
+from kit.memory.reclaim.alloc import alloc_huge_folio
 from kit.memory.reclaim.rmap import add_anon_rmap
 from kit.memory.types import (
     FAULT_FLAG_UNSHARE,

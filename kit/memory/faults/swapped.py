@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.device.exclusive import remove_device_exclusive_entry
-from kit.memory.device.memremap import page_pgmap
-from kit.memory.physical.alloc import alloc_folios, portions
+from kit.memory.physical.memremap import page_pgmap
 from kit.memory.physical.swap import folio_free_swap
+from kit.memory.reclaim.alloc import alloc_folios, portions
 from kit.memory.types import (
     FAULT_FLAG_ALLOW_RETRY,
     FAULT_FLAG_VMA_LOCK,

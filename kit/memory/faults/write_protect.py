@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start, runs
-from kit.memory.physical.alloc import alloc_folios, portions
+from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start, runs
 from kit.memory.physical.swap import folio_free_swap
+from kit.memory.reclaim.alloc import alloc_folios, portions
 from kit.memory.reclaim.rmap import add_anon_rmap, remove_rmap, rss_kind
 from kit.memory.types import (
     FAULT_FLAG_MKWRITE,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start, runs
-from kit.memory.physical.alloc import alloc_folios
-from kit.memory.space.zap import zap_page_range_single
+from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start, runs
+from kit.memory.reclaim.alloc import alloc_folios
+from kit.memory.reclaim.zap import zap_page_range_single
 from kit.memory.types import PG, Bit, Kind
 from kit.sim.trace import waiting_step
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kit.errors import Errno
 from kit.memory.faults.huge_page import install_huge
-from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
 from kit.memory.reclaim.rmap import remove_rmap
 from kit.memory.types import HPAGE_PMD_NR, PAGE, PG, Bit, Kind, Leaf
 from kit.sim.trace import waiting_step

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import Errno
-from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
 from kit.memory.types import (
     FAULT_FLAG_UNSHARE,
     FAULT_FLAG_WRITE,

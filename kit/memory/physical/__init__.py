@@ -1,1 +1,1 @@
-"""Physical memory: frames with content, pages with their counts and flags, swap."""
+"""Physical memory: frames with content, pages with their counts and flags, device memory plugged in, swap."""

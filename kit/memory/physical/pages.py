@@ -23,8 +23,8 @@ from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PG
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kit.memory.device.memremap import DevPagemap
     from kit.memory.device.migrate_vma import MigrateVma
+    from kit.memory.physical.memremap import DevPagemap
     from kit.memory.space.vma import RmapRoot
     from kit.sim.engine import Engine, Thread, Wait
 

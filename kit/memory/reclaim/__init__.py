@@ -1,1 +1,1 @@
-"""The reverse map, and what takes pages away through it: reclaim, unmapping, migration within the host."""
+"""The reverse map, and what takes pages and entries away: zapping, unmapping, reclaim, migration within the host."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.device.memremap import MEMORY_DEVICE_PRIVATE, pgmaps_where
 from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
@@ -22,12 +21,13 @@ from kit.memory.device.migrate_vma import (
     migrate_pfn_to_pfn,
 )
 from kit.memory.huge.huge_split import __split_huge_pmd
-from kit.memory.mirror.mmu_notifier import (
+from kit.memory.notifier.mmu_notifier import (
     EVENTS,
     MmuNotifierRange,
     mmu_notifier_invalidate_range_end,
     mmu_notifier_invalidate_range_start,
 )
+from kit.memory.physical.memremap import MEMORY_DEVICE_PRIVATE, pgmaps_where
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.physical.swap import folio_free_swap
 from kit.memory.reclaim.rmap import add_anon_rmap

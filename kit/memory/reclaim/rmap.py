@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.device.memremap import MEMORY_DEVICE_PRIVATE
-from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start, runs
+from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start, runs
+from kit.memory.physical.memremap import MEMORY_DEVICE_PRIVATE
 from kit.memory.physical.pages import tally
 from kit.memory.space.vma import Vma
 from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PG, Bit, Kind, Leaf

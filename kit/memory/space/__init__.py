@@ -1,1 +1,1 @@
-"""Address spaces: areas, how the CPU and drivers reach pages through them, and how entries go."""
+"""Address spaces: areas, where they lie, and what drivers enter in them."""

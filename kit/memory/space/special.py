@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kit.errors import DriverError, Errno
+from kit.memory.reclaim.zap import zap_page_range_single
 from kit.memory.space.vma import Vma
-from kit.memory.space.zap import zap_page_range_single
 from kit.memory.types import PAGE, VM_DONTEXPAND, VM_IO, VM_PFNMAP, VM_SHARED, Bit, Kind
 from kit.sim.trace import step, waiting_step
 

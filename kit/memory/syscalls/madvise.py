@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from kit.errors import Errno
 from kit.memory.huge.collapse import madvise_collapse
 from kit.memory.huge.huge_split import split_folio
-from kit.memory.mirror.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
 from kit.memory.reclaim.reclaim import reclaim_pages
+from kit.memory.reclaim.zap import free_swap_and_cache, zap_page_range_single
 from kit.memory.space.vma_ops import split_at, vma_merge
-from kit.memory.space.zap import free_swap_and_cache, zap_page_range_single
 from kit.memory.syscalls.populate import populate
 from kit.memory.types import (
     HPAGE_PMD_NR,
@@ -90,7 +90,7 @@ def madvise(mm: Mm, thread: Thread, start: int, length: int, advice: int) -> Wai
     if advice in (MADV_POPULATE_READ, MADV_POPULATE_WRITE):
         return (yield from _populate(mm, thread, first, count, advice))
     if advice == MADV_HWPOISON:
-        from kit.memory.physical.memory_failure import madvise_inject_error
+        from kit.memory.reclaim.memory_failure import madvise_inject_error
 
         return (yield from madvise_inject_error(mm, thread, first, count))
     if advice in _FLAGS:

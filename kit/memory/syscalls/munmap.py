@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kit.memory.reclaim.zap import free_pgtables, unmap_vmas
 from kit.memory.space.vma_ops import split_at, vma_close
-from kit.memory.space.zap import free_pgtables, unmap_vmas
 from kit.memory.types import VM_HUGETLB
 from kit.sim.trace import waiting_step
 

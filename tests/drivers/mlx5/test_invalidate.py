@@ -12,7 +12,7 @@ from kit.drivers.mlx5.adapter.mkey import Verdict
 from kit.drivers.mlx5.enums import PAGE, Access, Era
 from kit.drivers.mlx5.mr.restrack import fill_stat_mr_entry
 from kit.drivers.mlx5.odp.invalidate import blocks_to_zap
-from kit.memory.mirror.mmu_notifier import (
+from kit.memory.notifier.mmu_notifier import (
     EVENTS,
     MmuNotifierRange,
     mmu_notifier_invalidate_range_end,

@@ -46,9 +46,9 @@ from kit.drivers.uvm.types import (
 from kit.drivers.uvm.va_space import uvm_mmap
 from kit.flows.cuda_demand_paging.result import integrity
 from kit.memory.costs import make_costs
+from kit.memory.faults.access import touch
 from kit.memory.invariants import check_invariants
 from kit.memory.physical.pages import PhysicalMemory
-from kit.memory.space.access import touch
 from kit.memory.space.mm import Mm
 from kit.memory.syscalls.mmap import munmap
 from kit.memory.table.pagemask import pages_of, region

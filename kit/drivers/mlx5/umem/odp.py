@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from kit.drivers.mlx5.enums import PAGE_SHIFT, U64_MAX, Access, Era
 from kit.errors import Errno
-from kit.memory.mirror.hmm_entries import (
+from kit.memory.device.hmm_entries import (
     HMM_PFN_DMA_MAPPED,
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
 )
-from kit.memory.mirror.mmu_notifier import (
+from kit.memory.notifier.mmu_notifier import (
     MmuIntervalNotifier,
     mmu_interval_notifier_insert,
     mmu_interval_notifier_remove,
@@ -32,7 +32,7 @@ from kit.sim.trace import step, waiting_step
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
     from kit.drivers.mlx5.objects import Mlx5IbMr
-    from kit.memory.mirror.mmu_notifier import MmuIntervalNotifierOps
+    from kit.memory.notifier.mmu_notifier import MmuIntervalNotifierOps
     from kit.memory.space.mm import Mm
 
 __all__ = [

@@ -12,10 +12,11 @@ from kit.drivers.mlx5.core.linux import hmm_dma_unmap_pfn, ib_dma_map_page, ib_d
 from kit.drivers.mlx5.enums import PAGE_SHIFT, Era
 from kit.drivers.mlx5.umem.odp import MAPPED, ODP_READ, ODP_WRITE, RIGHTS, VALID, WRITE, IbUmemOdp
 from kit.errors import Errno
-from kit.memory.mirror import hmm, mmu_notifier
-from kit.memory.mirror.hmm import HmmRange, hmm_pfn_to_pfn, hmm_range_fault
-from kit.memory.mirror.hmm_entries import HMM_PFN_INOUT_FLAGS, HMM_PFN_ORDER_SHIFT, HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE
-from kit.memory.mirror.mmu_notifier import MmuIntervalNotifier, mmu_interval_read_begin
+from kit.memory.device import hmm
+from kit.memory.device.hmm import HmmRange, hmm_pfn_to_pfn, hmm_range_fault
+from kit.memory.device.hmm_entries import HMM_PFN_INOUT_FLAGS, HMM_PFN_ORDER_SHIFT, HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE
+from kit.memory.notifier import mmu_notifier
+from kit.memory.notifier.mmu_notifier import MmuIntervalNotifier, mmu_interval_read_begin
 from kit.memory.syscalls.exit import exit_mmap
 from kit.memory.types import PG
 from kit.sim.engine import Thread, Wait

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kit.drivers.mlx5.enums import PAGE, PAGE_SHIFT, U64_MAX, Access
 from kit.drivers.mlx5.umem.odp import ib_umem_odp_release
 from kit.errors import Errno
-from kit.memory.space.gup import pin_user_pages_fast, unpin_user_pages
+from kit.memory.faults.gup import pin_user_pages_fast, unpin_user_pages
 from kit.memory.types import FOLL_LONGTERM, FOLL_WRITE, PG
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kit.errors import Errno
+from kit.memory.faults.gup import get_user_pages
 from kit.memory.huge.huge_split import split_folio
 from kit.memory.reclaim.unmap_pages import try_to_unmap
-from kit.memory.space.gup import get_user_pages
 from kit.memory.types import PAGE, PG
 from kit.sim.trace import waiting_step
 

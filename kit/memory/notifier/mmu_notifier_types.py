@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
-from kit.memory.mirror.interval_tree import IntervalTree
+from kit.memory.notifier.interval_tree import IntervalTree
 from kit.sim.engine import Thread, Wait
 
 if TYPE_CHECKING:

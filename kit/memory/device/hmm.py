@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import Errno
-from kit.memory.device.memremap import pgmaps_where
-from kit.memory.faults.fault import handle_mm_faults
-from kit.memory.mirror.hmm_entries import (
+from kit.memory.device.hmm_entries import (
     HMM_PFN_ERROR,
     HMM_PFN_INOUT_FLAGS,
     HMM_PFN_ORDER_SHIFT,
@@ -28,7 +26,9 @@ from kit.memory.mirror.hmm_entries import (
     Stretch,
     classify,
 )
-from kit.memory.mirror.mmu_notifier import MmuIntervalNotifier, mmu_interval_check_retry
+from kit.memory.faults.fault import handle_mm_faults
+from kit.memory.notifier.mmu_notifier import MmuIntervalNotifier, mmu_interval_check_retry
+from kit.memory.physical.memremap import pgmaps_where
 from kit.memory.types import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE, VM_FAULT_ERROR, VM_IO, VM_PFNMAP, VM_READ, Kind
 from kit.sim.trace import waiting_step
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import Errno
-from kit.memory.device.memremap import MEMORY_DEVICE_COHERENT, pgmaps_where
 from kit.memory.faults.fault import handle_mm_fault
 from kit.memory.huge.huge_split import __split_huge_pmd
+from kit.memory.physical.memremap import MEMORY_DEVICE_COHERENT, pgmaps_where
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.types import (
     FAULT_FLAG_UNSHARE,

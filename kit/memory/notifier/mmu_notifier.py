@@ -14,8 +14,8 @@ from errno import EAGAIN, EINVAL, EOVERFLOW
 from typing import TYPE_CHECKING
 
 from kit.errors import Errno
-from kit.memory.mirror.interval_tree import ULONG_MAX
-from kit.memory.mirror.mmu_notifier_types import (
+from kit.memory.notifier.interval_tree import ULONG_MAX
+from kit.memory.notifier.mmu_notifier_types import (
     EVENTS,
     MmuIntervalNotifier,
     MmuIntervalNotifierOps,
