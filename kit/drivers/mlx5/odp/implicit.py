@@ -164,9 +164,11 @@ def implicit_get_child_mr(imr: Mlx5IbMr, thread: Thread, idx: int) -> Wait:
     thread.note(va=idx * size, bytes=size)
     odp = yield from ib_umem_odp_alloc_child(cast(IbUmemOdp, imr.umem), thread, idx * size, size, mlx5_mn_ops)
     if isinstance(odp, Errno):
+        thread.note(status=repr(odp))
         return odp
     mr = yield from mlx5_mr_cache_alloc(dev, thread, imr.pd, imr.access_flags, AccessMode.MTT, dev.imr.mtt_entries)
     if isinstance(mr, Errno):
+        thread.note(status=repr(mr))
         yield from ib_umem_odp_release(odp, thread)
         return mr
     mr.access_flags, mr.umem, mr.parent = imr.access_flags, odp, imr
@@ -176,12 +178,14 @@ def implicit_get_child_mr(imr: Mlx5IbMr, thread: Thread, idx: int) -> Wait:
     flags = UPD_XLT_ZAP | UPD_XLT_ENABLE
     ret = yield from mlx5r_umr_update_xlt(mr, thread, 0, dev.imr.mtt_entries, PAGE_SHIFT, flags)
     if ret:
+        thread.note(status=repr(ret))
         yield from mlx5_ib_dereg_mr(mr, thread)
         return ret
     yield from thread.sync()
     winner = __xa_cmpxchg(imr.implicit_children, thread, idx, None, mr)
     if winner is not None:
         winner.mmkey.usecount += 1
+        thread.note(status="unused")
         yield from mlx5_ib_dereg_mr(mr, thread)
         return winner
     if dev.mem_page_fault():
