@@ -80,8 +80,10 @@ class Oracle:
         self.gpu_batch([page])
 
     def gpu_batch(self, pages: list[int]) -> None:
-        """Faults that are served together: block by block, ascending."""
+        """Faults that are served together: block by block, ascending, until memory runs out."""
         for block in sorted(self.blocks, key=lambda b: b.first):
+            if self.out_of_memory:
+                return
             wanted = {p - block.first for p in pages if block.first <= p < block.first + block.count}
             wanted -= {p for p, where in block.at.items() if where == "gpu"}
             if wanted:

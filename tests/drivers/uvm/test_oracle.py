@@ -129,6 +129,13 @@ def test_thresholds(ranges: list[tuple[int, int]], threshold: int) -> None:
     compare(ranges, steps, roots=1, prefetch_threshold=threshold, fault_batch_count=1)
 
 
+def test_a_batch_that_runs_out_of_memory_serves_no_further_block() -> None:
+    """The second range's first block does not fit beside the first range; its second block is not tried."""
+    steps: list[Step] = [("cpu", 0, [0], False), ("gpu", 0, [0], False), ("batch", 2, [0, 412], False)]
+    for last in (428, 413):
+        compare([(104, 0), (1, 0), (last, 100)], steps, roots=1, prefetch_threshold=2, fault_batch_count=256)
+
+
 SIZES = st.tuples(st.integers(1, 700), st.sampled_from([0, 0, 1, 8, 100, 500]))
 STEPS = st.tuples(
     st.sampled_from(["cpu", "gpu", "batch"]),
