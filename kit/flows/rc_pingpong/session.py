@@ -133,12 +133,7 @@ class PingpongSession(RdmaSession):
             return
         self.detected = stale_pages(side.host, side.mr, area, side.buf, self.parameters.size)
         if self.detected:
-            now, hca = self.engine.now, side.host.dev.hca
-            self.engine.trace.span("dma_stale", hca.name, now, now, va=side.buf, pages=self.detected, status="error")
-            self.errors.append(
-                f"server: stale data: messages to {side.buf:#x} go to {self.detected} pages that these addresses no "
-                "longer name"
-            )
+            self.report_stale(side.host, "messages to", side.buf, self.detected)
 
     # -- the result --------------------------------------------------------------------------------------------------
 

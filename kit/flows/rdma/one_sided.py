@@ -101,12 +101,7 @@ class OneSidedSession(RdmaSession):
         if not stale:
             return
         self.detected += stale
-        now, hca = self.engine.now, host.dev.hca
-        self.engine.trace.span("dma_stale", hca.name, now, now, va=transfer.address, pages=stale, status="error")
-        word = "RDMA_READ from" if transfer.read else "RDMA_WRITE to"
-        self.errors.append(
-            f"stale data: {word} {transfer.address:#x} used {stale} pages that these addresses no longer name"
-        )
+        self.report_stale(host, "RDMA_READ from" if transfer.read else "RDMA_WRITE to", transfer.address, stale)
 
     # -- the result --------------------------------------------------------------------------------------------------
 

@@ -114,6 +114,12 @@ class RdmaSession(Session):
             self.errors.append(f"{what}: {result!r} from {result.step} ({result.detail})")
         return result
 
+    def report_stale(self, host: Host, what: str, va: int, pages: int) -> None:
+        """Say that a message used pages that its addresses, from `va` on, no longer name."""
+        now, hca = self.engine.now, host.dev.hca
+        self.engine.trace.span("dma_stale", hca.name, now, now, va=va, pages=pages, status="error")
+        self.errors.append(f"stale data: {what} {va:#x} used {pages} pages that these addresses no longer name")
+
     # -- the result --------------------------------------------------------------------------------------------------
 
     def documented(self) -> Documented:

@@ -125,10 +125,9 @@ class Exporter:
         memory, whole = self.host.memory, self.host.memory.payload_bytes == PAGE
         self.thread.charge(self.adev.costs.dma_page * area.pages)
         yield from self.thread.sync()
-        for page in range(area.pages):
-            data = message_bytes(0, PAGE, number + page, whole, rng)
-            memory.payload[self.bo.pfns[page]] = data.view(np.uint64)[: area.words]
-            area.write(area.va + page * PAGE, data)
+        data = message_bytes(area.va, area.pages * PAGE, number, whole, rng)
+        memory.payload[self.bo.pfns] = data.view(np.uint64).reshape(area.pages, -1)[:, : area.words]
+        area.write(area.va, data)
 
     def settle(self) -> Wait:
         """Wait until the buffer's content is where the buffer is."""
