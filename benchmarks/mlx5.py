@@ -66,7 +66,7 @@ class Pair:
 
     def setup(self, host: SimpleNamespace, length: int, kind: str) -> Program:
         """Map a buffer of small pages and register it; returns its address and the region."""
-        from kit.drivers.mlx5.types import U64_MAX, Access
+        from kit.drivers.mlx5.enums import U64_MAX, Access
         from kit.drivers.mlx5.verbs import reg_mr
         from kit.memory.syscalls.madvise import madvise
         from kit.memory.syscalls.mmap import mmap
@@ -84,7 +84,7 @@ class Pair:
 
     def connect(self) -> Program:
         """Return the client's end of a connection."""
-        from kit.drivers.mlx5.types import QpType
+        from kit.drivers.mlx5.enums import QpType
         from kit.drivers.mlx5.verbs import connect, create_cq, create_qp
 
         ends = []
@@ -96,7 +96,8 @@ class Pair:
 
     def write(self, qp: Any, local: Any, remote: int, rkey: int) -> Program:
         """RDMA WRITE, and wait until it is done."""
-        from kit.drivers.mlx5.types import SendWr, WrOpcode
+        from kit.drivers.mlx5.descriptors import SendWr
+        from kit.drivers.mlx5.enums import WrOpcode
         from kit.drivers.mlx5.verbs import post_send, wait_cq
 
         thread = self.client.thread
@@ -108,7 +109,7 @@ class Pair:
 
 def _faults(kind: str, size: int, count: int, side: str) -> tuple[float, float]:
     """Return wall-clock and simulated seconds of as many cold messages, one page fault each on one side."""
-    from kit.drivers.mlx5.types import Sge
+    from kit.drivers.mlx5.descriptors import Sge
     from kit.memory.syscalls.madvise import madvise
     from kit.memory.types import MADV_DONTNEED
 
@@ -166,8 +167,8 @@ def faults() -> list[Figure]:
 
 def invalidations(count: int = 4000) -> list[Figure]:
     """Pages given up one by one, each of which the device has mapped."""
+    from kit.drivers.mlx5.descriptors import Sge
     from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH_WRITE
-    from kit.drivers.mlx5.types import Sge
     from kit.drivers.mlx5.verbs import advise_mr
     from kit.memory.syscalls.madvise import madvise
     from kit.memory.types import MADV_DONTNEED
@@ -193,7 +194,7 @@ def invalidations(count: int = 4000) -> list[Figure]:
 
 def registration(count: int = 10_000) -> list[Figure]:
     """As many regions of four pages, registered and deregistered again."""
-    from kit.drivers.mlx5.types import Access
+    from kit.drivers.mlx5.enums import Access
     from kit.drivers.mlx5.verbs import dereg_mr, reg_mr
 
     pair, walls, simulated = Pair(count), {}, {}
@@ -226,7 +227,7 @@ def registration(count: int = 10_000) -> list[Figure]:
 
 def sparse(children: int = 256) -> list[Figure]:
     """An implicit region over 1 TiB of which single pages are touched, far apart: what the process holds then."""
-    from kit.drivers.mlx5.types import Sge
+    from kit.drivers.mlx5.descriptors import Sge
 
     pair, held, walls = Pair(1 << 16), [], []
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from kit.drivers.mlx5.enums import MTT_WRITE
+from kit.drivers.mlx5.enums import MTT_WRITE, Era, WcStatus
 from kit.drivers.mlx5.objects import Mlx5IbMr
-from kit.drivers.mlx5.types import Era, WcStatus
 from kit.drivers.mlx5.umem.odp import IbUmemOdp
 from kit.memory.device.hmm_entries import HMM_PFN_DMA_MAPPED, HMM_PFN_VALID, HMM_PFN_WRITE
 from kit.memory.invariants import check_invariants

@@ -14,7 +14,9 @@ import pytest
 from drivers.mlx5.odp_rig import ODP, PINNED, Rig, failed
 from drivers.mlx5.two_hosts import RIGHTS, World
 
+from kit.drivers.mlx5.descriptors import HcaCaps, Sge
 from kit.drivers.mlx5.device import UMR_ERR
+from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era, QpState, WcStatus, WrOpcode
 from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init, warm_cache
 from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_xlt
 from kit.drivers.mlx5.objects import MKEY_MW, UPD_XLT_INDIRECT, IbPd, Mlx5IbMkey
@@ -25,7 +27,6 @@ from kit.drivers.mlx5.odp.advise import (
     PREFETCH_WRITE,
     ib_uverbs_advise_mr,
 )
-from kit.drivers.mlx5.types import PAGE, U64_MAX, Access, Era, HcaCaps, QpState, Sge, WcStatus, WrOpcode
 from kit.drivers.mlx5.verbs import alloc_pd, connect, create_cq, create_qp, post_send, reg_mr
 from kit.memory.reclaim.memory_failure import memory_failure
 from kit.memory.syscalls.mprotect import mprotect
@@ -512,7 +513,8 @@ def test_retries_that_run_out() -> None:
 def test_bad_calls_of_the_program() -> None:
     world, qp, where = pair()
     client = world.client
-    from kit.drivers.mlx5.types import QpType, SendWr
+    from kit.drivers.mlx5.descriptors import SendWr
+    from kit.drivers.mlx5.enums import QpType
 
     atomic = SendWr(0, WrOpcode.ATOMIC_FETCH_AND_ADD, (client.sge(0, 16),), **where)
     assert failed(client.do(post_send(qp, client.thread, atomic))) == ("EINVAL", "post_send")

@@ -8,8 +8,9 @@ from drivers.mlx5.odp_rig import ODP, Rig
 from drivers.mlx5.two_hosts import World
 
 from kit.drivers.mlx5.core.dma import DmaDevice
+from kit.drivers.mlx5.descriptors import Sge
+from kit.drivers.mlx5.enums import PAGE, Era, WcStatus, WrOpcode
 from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH, ib_uverbs_advise_mr
-from kit.drivers.mlx5.types import PAGE, Era, Sge, WcStatus, WrOpcode
 from kit.memory.physical.pages import PhysicalMemory
 from kit.sim.engine import Engine
 

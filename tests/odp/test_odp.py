@@ -15,25 +15,22 @@ import pytest
 from odp.players import GRH_SIZE, HUGE_PAGE_SIZE, ITERS, MSG_SIZE, ODP, Player, Players
 
 from kit.drivers.mlx5.core.cmd import mlx5_core_create_mkey
-from kit.drivers.mlx5.objects import MKEY_INDIRECT_DEVX, Mlx5IbMkey
-from kit.drivers.mlx5.odp.advise import PREFETCH, PREFETCH_NO_FAULT, PREFETCH_WRITE
-from kit.drivers.mlx5.types import (
+from kit.drivers.mlx5.descriptors import Mkc, RecvWr, Sge, UmrWqe
+from kit.drivers.mlx5.enums import (
     KLM,
     PAGE,
     Access,
     AccessMode,
     Era,
-    Mkc,
     MkeyMask,
     OdpTransport,
     QpType,
-    RecvWr,
-    Sge,
-    UmrWqe,
     WcStatus,
     WrOpcode,
     base_mkey,
 )
+from kit.drivers.mlx5.objects import MKEY_INDIRECT_DEVX, Mlx5IbMkey
+from kit.drivers.mlx5.odp.advise import PREFETCH, PREFETCH_NO_FAULT, PREFETCH_WRITE
 from kit.drivers.mlx5.verbs import Dmah, create_srq, post_recv, reg_mr_ex
 
 ERAS = (Era.MID, Era.NEW)

@@ -17,12 +17,11 @@ from odp.schedules import FIXES, UPSTREAM, Schedule
 from seeds import Seeds
 
 from kit.drivers.mlx5.adapter.mkey import NOTHING, Need, Translation, Verdict
-from kit.drivers.mlx5.descriptors import Sge
+from kit.drivers.mlx5.descriptors import HcaCaps, Sge
 from kit.drivers.mlx5.enums import PAGE, Era
 from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.odp import invalidate as odp_invalidate
 from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH, ib_uverbs_advise_mr
-from kit.drivers.mlx5.types import HcaCaps
 from kit.memory.faults.access import load, store
 
 SEEDS = Seeds(Schedule, "FARFAULT_ODP_SCHEDULE", 5000, "tests/odp/test_schedules.py")

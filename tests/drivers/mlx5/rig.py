@@ -22,7 +22,8 @@ from kit.drivers.mlx5.core.eq import (
     mlx5_eq_update_ci,
 )
 from kit.drivers.mlx5.costs import COSTS, make_costs
-from kit.drivers.mlx5.types import MTT_PRESENT, PAGE, Access, Era, HcaCaps, Mkc, PageFaultEqe, PageFaultSubtype, QpType
+from kit.drivers.mlx5.descriptors import HcaCaps, Mkc, PageFaultEqe
+from kit.drivers.mlx5.enums import MTT_PRESENT, PAGE, Access, Era, PageFaultSubtype, QpType
 from kit.drivers.mlx5.verbs import connect
 from kit.memory.physical.pages import PhysicalMemory
 from kit.sim.engine import Engine, Thread, Wait

@@ -13,11 +13,11 @@ from drivers.mlx5.two_hosts import Side, World
 
 from kit.drivers.dma_buf_exporter import GTT, VRAM
 from kit.drivers.mlx5 import verbs
-from kit.drivers.mlx5.enums import PAGE, Access, Era, WcStatus, WrOpcode
+from kit.drivers.mlx5.descriptors import HcaCaps, SendWr, Sge
+from kit.drivers.mlx5.enums import PAGE, Access, Era, WcOpcode, WcStatus, WrOpcode
 from kit.drivers.mlx5.mr.restrack import fill_stat_mr_entry
 from kit.drivers.mlx5.objects import Mlx5IbMr
 from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH, ib_uverbs_advise_mr
-from kit.drivers.mlx5.types import HcaCaps, SendWr, Sge, WcOpcode
 from kit.drivers.mlx5.umem.dmabuf import IbUmemDmabuf, ib_umem_dmabuf_get, ib_umem_dmabuf_get_pinned
 from kit.errors import Errno
 from kit.memory.device.dma_buf import DmaBufAttachOps, close_fd

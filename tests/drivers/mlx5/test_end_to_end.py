@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from drivers.mlx5.two_hosts import RIGHTS, World
 
+from kit.drivers.mlx5.descriptors import HcaCaps, RecvWr
 from kit.drivers.mlx5.device import OdpOptions
-from kit.drivers.mlx5.types import PAGE, Access, Era, HcaCaps, QpState, QpType, RecvWr, SendFlags, WcStatus, WrOpcode
+from kit.drivers.mlx5.enums import PAGE, Access, Era, QpState, QpType, SendFlags, WcStatus, WrOpcode
 from kit.drivers.mlx5.verbs import connect, create_cq, create_srq, dereg_mr, post_srq_recv, wait_cq
 from kit.memory.syscalls.madvise import madvise
 from kit.memory.syscalls.mmap import mmap

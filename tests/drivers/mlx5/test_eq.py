@@ -24,18 +24,8 @@ from kit.drivers.mlx5.core.eq import (
     mlx5_eq_update_cc,
     mlx5_eq_update_ci,
 )  # fmt: skip
-from kit.drivers.mlx5.types import (
-    KLM,
-    PAGE,
-    AccessMode,
-    Mkc,
-    PageFaultEqe,
-    PageFaultSubtype,
-    SendWr,
-    Sge,
-    WcStatus,
-    WrOpcode,
-)
+from kit.drivers.mlx5.descriptors import Mkc, PageFaultEqe, SendWr, Sge
+from kit.drivers.mlx5.enums import KLM, PAGE, AccessMode, PageFaultSubtype, WcStatus, WrOpcode
 from kit.drivers.mlx5.verbs import post_send, wait_cq
 from kit.errors import Errno
 

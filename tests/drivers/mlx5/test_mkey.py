@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kit.drivers.mlx5.adapter.mkey import MkeyTable, Need, Verdict
 from kit.drivers.mlx5.core.dma import DmaDevice
-from kit.drivers.mlx5.types import (
+from kit.drivers.mlx5.descriptors import Mkc, UmrWqe
+from kit.drivers.mlx5.enums import (  # fmt: skip
     KLM,
     MTT_PRESENT,
     MTT_READ,
@@ -18,13 +19,11 @@ from kit.drivers.mlx5.types import (
     PAGE,
     Access,
     AccessMode,
-    Mkc,
     MkeyMask,
     QpState,
     UmrFlags,
-    UmrWqe,
     WcStatus,
-)  # fmt: skip
+)
 from kit.memory.physical.pages import PhysicalMemory
 from kit.sim.engine import Engine
 

@@ -8,21 +8,19 @@ from drivers.mlx5.rig import PD, Pair, noise
 
 from kit.drivers.mlx5.adapter.hca import HcaParameters
 from kit.drivers.mlx5.adapter.qp import RNR_TIMER, Srq
-from kit.drivers.mlx5.types import (
+from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge
+from kit.drivers.mlx5.enums import (  # fmt: skip
     PAGE,
     Access,
     PageFaultSubtype,
     PageRequest,
     QpState,
     QpType,
-    RecvWr,
     SendFlags,
-    SendWr,
-    Sge,
     WcOpcode,
     WcStatus,
     WrOpcode,
-)  # fmt: skip
+)
 from kit.drivers.mlx5.verbs import modify_qp, poll_cq, post_recv, post_send, post_srq_recv, wait_cq
 
 
