@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +17,30 @@ LOG_WIDTH = 1 << LOG_SHIFT
 STEP_SHIFT = 8  # a span's key is step << 8 | actor
 _FACTS = SPAN_COLUMNS.index("va")  # columns from here on are facts that only some spans have
 _WIDTH = 1 + len(SPAN_COLUMNS) - _FACTS
-MOVE_BYTES = 8 * len(MOVE_COLUMNS)
-pack_facts = Struct(f"{_WIDTH}d").pack
-pack_move = Struct(f"{len(MOVE_COLUMNS)}d").pack
+LayOut = Callable[[], tuple[list[float], list[int], list[int], list[int]]]
+_BLANK = (0.0,) * LOG_WIDTH
+
+
+class Rows:
+    """Rows of numbers: one flat list while they are written, which costs tens of nanoseconds, an array when read.
+
+    Parameters
+    ----------
+    width : int
+        Numbers in a row.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.fresh: list[float] = []  # rows that nobody has read yet
+        self._read = np.zeros((0, width))
+
+    def array(self) -> NDArray[np.float64]:
+        """Return all rows, shape (rows, width)."""
+        if self.fresh:
+            self._read = np.concatenate([self._read, np.array(self.fresh, dtype=np.float64).reshape(-1, self.width)])
+            self.fresh.clear()
+        return self._read
 
 
 class Ids(dict[str, int]):
@@ -61,8 +81,8 @@ class Spans:
 
     def __init__(self) -> None:
         self.log: list[float] = []  # of each row its end, start, key, and the place in this list of its parent
-        self.facts = bytearray()  # a row number and the columns from va on, packed as doubles
-        self.before_reading: Callable[[], None] = lambda: None  # completes the facts
+        self.facts = Rows(_WIDTH)  # a place in the log and the columns from va on
+        self.before_reading: Callable[[], None] = lambda: None  # completes them
 
     def __len__(self) -> int:
         return len(self.log) >> LOG_SHIFT
@@ -76,6 +96,7 @@ class Spans:
 
     def column(self, name: str) -> NDArray[np.float64]:
         """Return one column as a new array, shape (rows,)."""
+        self.before_reading()
         if name in ("step", "actor"):
             key = np.array(self.log[2::LOG_WIDTH], dtype=np.int64)
             return (key >> STEP_SHIFT if name == "step" else key & ((1 << STEP_SHIFT) - 1)).astype(np.float64)
@@ -83,13 +104,12 @@ class Spans:
             return (np.array(self.log[3::LOG_WIDTH], dtype=np.int64) >> LOG_SHIFT).astype(np.float64)
         if name in ("start", "end"):
             return np.array(self.log[name == "start" :: LOG_WIDTH], dtype=np.float64)
-        self.before_reading()
-        facts = np.frombuffer(self.facts, dtype=np.float64).reshape(-1, _WIDTH)
+        facts = self.facts.array()
         blank = -1.0 if name == "va" else 0.0
         said = facts[:, 1 + SPAN_COLUMNS.index(name) - _FACTS]
         chosen = said != blank
         column = np.full(len(self), blank)
-        column[facts[chosen, 0].astype(np.int64)] = said[chosen]
+        column[facts[chosen, 0].astype(np.int64) >> LOG_SHIFT] = said[chosen]
         return column
 
 
@@ -104,52 +124,57 @@ class Moves:
     columns = MOVE_COLUMNS
 
     def __init__(self) -> None:
-        self.rows = bytearray()  # the columns, packed as doubles
-        self.before_reading: Callable[[], None] = lambda: None  # completes the rows
+        self.rows = Rows(len(MOVE_COLUMNS))
+        self.before_reading: Callable[[], None] = lambda: None  # completes them
 
     def __len__(self) -> int:
-        self.before_reading()
-        return len(self.rows) // MOVE_BYTES
+        return len(self._all())
 
     def array(self) -> NDArray[np.float64]:
         """Return all rows as a new array, shape (rows, columns)."""
-        self.before_reading()
-        return np.frombuffer(bytearray(self.rows), dtype=np.float64).reshape(-1, len(MOVE_COLUMNS))
+        return self._all().copy()
 
     def column(self, name: str) -> NDArray[np.float64]:
         """Return one column as a new array, shape (rows,)."""
-        return self.array()[:, MOVE_COLUMNS.index(name)].copy()
+        return self._all()[:, MOVE_COLUMNS.index(name)].copy()
+
+    def _all(self) -> NDArray[np.float64]:
+        self.before_reading()
+        return self.rows.array()
 
 
 class Copies:
     """Copies as they were pushed, several at a time, until somebody reads spans or moves.
 
-    Then each becomes facts of its span, and a move in the place that it had among the moves.
+    Then each fills the row that was left blank for its span, and becomes a move in the place that it had among them.
     """
 
     def __init__(self, spans: Spans, moves: Moves) -> None:
         self.spans, self.moves = spans, moves
-        self.pushes: list[int] = []  # of each push its first row, its copies, its place in the moves, src and dst
-        self.page: list[int] = []  # of each copy
-        self.pages: list[int] = []
-        self.cause: list[int] = []
+        self.pushed: list[tuple[int, int, int, int, int, int, LayOut]] = []
         spans.before_reading = moves.before_reading = self.lay_out
 
+    def push(self, key: int, parent: int, count: int, src: int, dst: int, lay_out: LayOut) -> None:
+        """Leave room for `count` spans and remember how to fill it."""
+        log = self.spans.log
+        self.pushed.append((len(log), key, parent << LOG_SHIFT, len(self.moves.rows.fresh), src, dst, lay_out))
+        log += _BLANK * count
+
     def lay_out(self) -> None:
-        """Complete facts and moves."""
-        if not self.pushes:
+        """Complete spans and moves."""
+        if not self.pushed:
             return
-        pushes = np.array(self.pushes, dtype=np.int64).reshape(-1, 5)
-        of_push = np.repeat(np.arange(len(pushes)), pushes[:, 1])
-        row, _, place, src, dst = pushes[of_push].T
-        row = row + np.arange(len(row)) - (np.cumsum(pushes[:, 1]) - pushes[:, 1])[of_push]
-        page, pages, cause = (np.array(column, dtype=np.float64) for column in (self.page, self.pages, self.cause))
-        blank = np.zeros(len(row))
-        self.spans.facts += np.stack([row, page * PAGE, pages, pages * PAGE, cause, blank, blank], 1).tobytes()
-        log, at = self.spans.log, (row << LOG_SHIFT).tolist()
-        start, end = np.array([log[i + 1] for i in at]), np.array([log[i] for i in at])
-        moved = np.stack([start, end, page, pages, src, dst, cause], 1)[src != dst]
-        rows = np.frombuffer(bytes(self.moves.rows), dtype=np.float64).reshape(-1, len(MOVE_COLUMNS))
-        self.moves.rows[:] = np.insert(rows, place[src != dst], moved, axis=0).tobytes()
-        for column in (self.pushes, self.page, self.pages, self.cause):
-            column.clear()
+        log, facts, moves = self.spans.log, self.spans.facts.fresh, self.moves.rows
+        moved, before = [], 0
+        for at, key, parent, place, src, dst, lay_out in self.pushed:
+            moved += moves.fresh[before:place]
+            before = place
+            times, page, pages, cause = lay_out()
+            for start, end, first, count, why in zip(times, times[1:], page, pages, cause, strict=False):
+                log[at : at + LOG_WIDTH] = end, start, key, parent
+                facts += (at, first * PAGE, count, count * PAGE, why, 0, 0)
+                if src != dst:
+                    moved += (start, end, first, count, src, dst, why)
+                at += LOG_WIDTH
+        moves.fresh[:before] = moved
+        self.pushed.clear()

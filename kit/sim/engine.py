@@ -19,7 +19,7 @@ import numpy as np
 import simpy
 from simpy.events import NORMAL
 
-from kit.sim.columns import LOG_SHIFT, pack_facts
+from kit.sim.columns import LOG_SHIFT
 from kit.sim.trace import Trace
 
 __all__ = ["Clock", "Engine", "Lock", "RwLock", "Thread", "Wait"]
@@ -120,7 +120,7 @@ class Thread:
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine, self.name = engine, name
         self._env, self._trace, self.log = engine.env, engine.trace, engine.trace.spans.log
-        self._facts = engine.trace.spans.facts
+        self._facts = engine.trace.spans.facts.fresh
         engine.trace.actors(name)
         self.now: float = float(engine.env.now)
         self._jitter = engine.jitter
@@ -156,9 +156,10 @@ class Thread:
     ) -> None:  # fmt: skip
         """Fill in what the running step has learned about itself: columns of the spans from ``va`` on."""
         if cause or status != "ok":
-            self._trace.facts(self.at >> LOG_SHIFT, va, pages, bytes, cause, status, value)
+            trace = self._trace
+            self._facts += (self.at, va, pages, bytes, trace.causes.ids[cause], trace.statuses.ids[status], value)
         else:
-            self._facts += pack_facts(self.at >> LOG_SHIFT, va, pages, bytes, 0, 0, value)
+            self._facts += (self.at, va, pages, bytes, 0, 0, value)
 
     def in_step(self) -> bool:
         """Bring the common clock up to this actor's if nobody else acts before; return whether they agree."""

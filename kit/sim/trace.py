@@ -2,8 +2,7 @@
 
 *Spans* say which step ran when, on which actor, under which parent, over which pages.
 *Moves* say where runs of pages went, enough to tell where every page was at any moment.
-Columns live in lists and packed bytes, whose appends cost tens of nanoseconds; readers get numpy
-arrays. Doubles hold every address below 2**53 exactly.
+Columns live in lists, whose appends cost tens of nanoseconds; readers get numpy arrays. Doubles hold every address below 2**53 exactly.
 """
 
 from __future__ import annotations
@@ -13,17 +12,14 @@ from numpy.typing import NDArray
 
 from kit.sim.columns import (
     LOG_SHIFT,
-    LOG_WIDTH,
-    MOVE_BYTES,
     MOVE_COLUMNS,
     SPAN_COLUMNS,
     STEP_SHIFT,
     Copies,
+    LayOut,
     Moves,
     Names,
     Spans,
-    pack_facts,
-    pack_move,
 )
 from kit.sim.steps import step, waiting_step
 
@@ -36,6 +32,7 @@ class Trace:
     def __init__(self) -> None:
         self.spans = Spans()
         self.moves = Moves()
+        self._facts, self._moves = self.spans.facts.fresh, self.moves.rows.fresh
         self.copies = Copies(self.spans, self.moves)
         self.steps = Names()
         self.actors = Names()
@@ -59,18 +56,11 @@ class Trace:
     ) -> int:
         """Append one finished span and return its row number."""
         log = self.spans.log
-        row = len(log) >> LOG_SHIFT
+        at = len(log)
         log += (end, start, self._keys.get((step, actor)) or self.key(step, actor), parent << LOG_SHIFT)
         if va >= 0 or pages or value or cause or bytes or status != "ok":
-            self.spans.facts += pack_facts(
-                row, va, pages, bytes, self.causes.ids[cause], self.statuses.ids[status], value
-            )
-        return row
-
-    def facts(self, row: int, va: int, pages: int, bytes: int, cause: str, status: str, value: float) -> None:
-        """Say something about a span: a fact that is blank (-1 for `va`, else 0 or its word) says nothing."""
-        cause_id, status_id = self.causes.ids[cause], self.statuses.ids[status]
-        self.spans.facts += pack_facts(row, va, pages, bytes, cause_id, status_id, value)
+            self._facts += (at, va, pages, bytes, self.causes.ids[cause], self.statuses.ids[status], value)
+        return at >> LOG_SHIFT
 
     def key(self, step: str, actor: str) -> int:
         """Return the span key of a step by an actor."""
@@ -81,32 +71,24 @@ class Trace:
 
     def move(self, start: float, end: float, first_page: int, pages: int, src: int, dst: int, cause: str = "") -> None:
         """Append a run of pages going from residency mask `src` to `dst`."""
-        self.moves.rows += pack_move(start, end, first_page, pages, src, dst, self.causes(cause))
+        self._moves += (start, end, first_page, pages, src, dst, self.causes.ids[cause])
 
     def copied(
-        self, step: str, actor: str, parent: int, times: list[float], page: list[int], pages: list[int],
-        cause: list[str], src: int, dst: int,
+        self, step: str, actor: str, parent: int, count: int, src: int, dst: int, lay_out: LayOut
     ) -> None:  # fmt: skip
         """Append a finished span and a move for each of several runs of pages, copied one after the other.
 
         Parameters
         ----------
-        times : list of float, length n + 1
-            When each copy starts, and when the last one ends.
-        page, pages, cause : list, length n
-            First page, number of pages and cause of each.
+        count : int
+            How many runs.
         src, dst : int
             Residency masks; equal ones make no moves.
+        lay_out : function
+            Called when somebody reads the trace. It returns four lists: when each copy starts and, after that, when
+            the last one ends; first page, number of pages, and id of the cause of each.
         """
-        log, copies = self.spans.log, self.copies
-        copies.pushes += (len(log) >> LOG_SHIFT, len(page), len(self.moves.rows) // MOVE_BYTES, src, dst)
-        copies.page += page
-        copies.pages += pages
-        copies.cause += map(self.causes.ids.__getitem__, cause)
-        key = self._keys.get((step, actor)) or self.key(step, actor)
-        rows: list[float] = [key, parent << LOG_SHIFT] * (2 * len(page))
-        rows[::LOG_WIDTH], rows[1::LOG_WIDTH] = times[1:], times[:-1]
-        log += rows
+        self.copies.push(self._keys.get((step, actor)) or self.key(step, actor), parent, count, src, dst, lay_out)
 
     def residency_at(self, time: float, first_page: int, pages: int) -> NDArray[np.int16]:
         """Return where each page is at `time`: a residency mask, or -1 while in flight.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
+from operator import sub
 
 import numpy as np
 
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
-from kit.memory.table.pagemask import bools, from_pages, pieces, run_of, selection
+from kit.memory.table.pagemask import cuts, from_pages, positions, selection
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -62,8 +64,8 @@ def block_copy_resident_pages_between(
         if not mask:
             return
     cause = TOOLS_CAUSE[context.cause]
-    first, counts, ahead = pieces(mask, prefetched, block.first)
-    causes = list(map((cause, "prefetch").__getitem__, ahead))
+    first, ends = cuts(mask, prefetched)
+    counts = list(map(sub, positions(ends), positions(first)))
     if dest == GPU:
         curve, channel, actor = gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD"
     else:
@@ -76,18 +78,29 @@ def block_copy_resident_pages_between(
     thread.charge(gpu.costs.push + (len(counts) if whole else pages) * gpu.costs.copy_command)
     thread.note(block.va, pages, bytes=pages * PAGE, cause=cause)
     start, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
-    times = list(accumulate(durations, initial=start))
-    src, dst = 1 << source, 1 << dest
+    src, dst, ids = 1 << source, 1 << dest, trace.causes.ids
+    causes = ids[cause], ids["prefetch"] if mask & prefetched else 0
+    lay_out = partial(_lay_out, start, durations, block.first, first, counts, prefetched, causes)
     trace.copied(
-        "UvmEventTypeMigration", actor, thread.row, times, first, counts, causes, src, src if duplicate else dst
+        "UvmEventTypeMigration", actor, thread.row, len(counts), src, src if duplicate else dst, lay_out
     )
     _copy(block, dest, mask)
-    context.did_copy, context.copies_end = True, times[-1]
+    context.did_copy, context.copies_end = True, sum(durations, start)
     context.pages_changed_residency |= mask
     context.pages_copied |= mask
-    if dest == CPU:
+    if dest == CPU and not gpu.hal.replayable_faults:
         block.clean |= mask
     thrashing_notify_migration(block, thread, mask, dest, context.cause)
+
+
+def _lay_out(
+    start: float, durations: list[float], base: int, first: int, counts: list[int], prefetched: int,
+    causes: tuple[int, int],
+) -> tuple[list[float], list[int], list[int], list[int]]:  # fmt: skip
+    """Return times, first pages, numbers of pages and causes of copies (`Trace.copied`)."""
+    pages = positions(first)
+    times = list(accumulate(durations, initial=start))
+    return times, [base + page for page in pages], counts, [causes[prefetched >> page & 1] for page in pages]
 
 
 def _copy(block: VaBlock, dest: int, mask: int) -> None:
@@ -101,25 +114,25 @@ def _copy(block: VaBlock, dest: int, mask: int) -> None:
         first, stop = moved.start, moved.stop
         pools[dest][there + first : there + stop] = pools[1 - dest][here + first : here + stop]
     else:
-        to, source = (pool[base : base + block.pages] for pool, base in ((pools[dest], there), (pools[1 - dest], here)))
-        np.copyto(to, source, where=moved[:, None])
+        pages = block.pages
+        np.copyto(pools[dest][there : there + pages], pools[1 - dest][here : here + pages], where=moved[:, None])
 
 
 def block_settle(block: VaBlock, processor: int, mask: int) -> None:
     """Bring the program's writes to the pages of `mask` into the frames that hold them at `processor`."""
     va_space = block.range.va_space
-    content, slot = va_space.content, block.slot[GPU]
-    run = run_of(mask)
-    first, stop = (slot + run.start, slot + run.stop) if run is not None else (slot, slot + block.pages)
-    written = content.marks.count(1, first, stop)
+    content, slot, chosen = va_space.content, block.slot[GPU], selection(mask, block.pages)
+    first, stop = (chosen.start, chosen.stop) if isinstance(chosen, slice) else (0, block.pages)
+    written = content.marks.count(1, slot + first, slot + stop)
     if not written:
         return
     pool = (va_space.host, va_space.gpu.frames)[processor]
-    if run is not None and written == stop - first:
+    if isinstance(chosen, slice) and written == stop - first:
         block.clean &= ~mask
-        content.settle(slice(first, stop), pool, block.frames_at(processor, run))
+        content.settle(slice(slot + first, slot + stop), pool, block.frames_at(processor, chosen))
         return
-    pages = (content.dirty[slot : slot + block.pages] & bools(mask, block.pages)).nonzero()[0]
+    dirty = content.dirty[slot + first : slot + stop]
+    pages = (dirty if isinstance(chosen, slice) else dirty & chosen).nonzero()[0] + first
     if block.clean:
         block.clean &= ~from_pages(pages)
     if len(pages):

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "bools", "first_page", "from_bools", "from_pages", "pages_of", "pieces", "region", "run_count", "run_of", "runs",
-    "selection",
+    "bools", "cuts", "first_page", "from_bools", "from_pages", "pages_of", "positions", "region", "run_count", "run_of",
+    "runs", "selection",
 ]  # fmt: skip
 
-FEW = 6  # runs up to which a loop is faster than arrays
+FEW = 6  # pages up to which a loop is faster than arrays
 
 
 def region(first: int, count: int) -> int:
@@ -57,38 +57,29 @@ def run_of(mask: int) -> slice | None:
     return slice(low.bit_length() - 1, mask.bit_length())
 
 
-def pieces(mask: int, apart: int, base: int = 0) -> tuple[list[int], list[int], list[int]]:
-    """Return the runs of a mask, cut where they enter or leave the pages of `apart`, ascending.
+def cuts(mask: int, apart: int) -> tuple[int, int]:
+    """Return the runs of a mask, cut where they enter or leave the pages of `apart`: first pages, and ends.
 
-    Returns
-    -------
-    first : list of int
-        First page of each, counted from `base`: bit 0 of the mask is page `base`.
-    pages : list of int
-    inside : list of int
-        1 for a piece inside `apart`, else 0.
+    Both are masks; an end is one past the last page.
     """
     inside = mask & apart
+    if not inside:
+        return mask & ~(mask << 1), ~mask & mask << 1
     outside = mask ^ inside
-    if run_count(inside) + run_count(outside) > FEW:
-        starts = inside & ~(inside << 1) | outside & ~(outside << 1)
-        ends = ~inside & inside << 1 | ~outside & outside << 1  # one past the last page of each
-        count = mask.bit_length() + 1
-        at = bools(starts, count).nonzero()[0]
-        length = bools(ends, count).nonzero()[0] - at
-        within = bools(inside, count)[at].view(np.uint8).tolist() if inside else [0] * len(at)
-        return (at + base).tolist(), length.tolist(), within
-    first, pages, within = [], [], []
+    return inside & ~(inside << 1) | outside & ~(outside << 1), ~inside & inside << 1 | ~outside & outside << 1
+
+
+def positions(mask: int) -> list[int]:
+    """Return the page numbers of a mask, ascending."""
+    if mask.bit_count() > FEW:
+        raw = np.frombuffer(mask.to_bytes(mask.bit_length() + 7 >> 3, "little"), dtype=np.uint8)
+        return np.unpackbits(raw, bitorder="little").nonzero()[0].tolist()
+    found = []
     while mask:
         low = mask & -mask
-        part = inside if inside & low else outside
-        past = part ^ part + low  # the piece that starts at the lowest page, and the bit past it
-        at_low = low.bit_length() - 1
-        first.append(base + at_low)
-        pages.append(past.bit_length() - 1 - at_low)
-        within.append(1 if inside & low else 0)
-        mask &= ~(past & part)
-    return first, pages, within
+        found.append(low.bit_length() - 1)
+        mask ^= low
+    return found
 
 
 def from_pages(pages: Sequence[int] | NDArray[np.integer]) -> int:
