@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.figure import Figure, best, timed
-from kit.drivers.uvm.sm import StreamKernel, launch
+from kit.drivers.uvm.sm import launch
+from kit.drivers.uvm.stream import StreamKernel
 from kit.flows.cuda_demand_paging.accesses import Accesses, stream_kernel
 from kit.flows.cuda_demand_paging.flow import FLOW
 from kit.flows.cuda_demand_paging.session import CudaSession

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,9 @@ LOG_WIDTH = 1 << LOG_SHIFT
 STEP_SHIFT = 8  # a span's key is step << 8 | actor
 _FACTS = SPAN_COLUMNS.index("va")  # columns from here on are facts that only some spans have
 _WIDTH = 1 + len(SPAN_COLUMNS) - _FACTS
-LayOut = Callable[[], tuple[list[float], list[int], list[int], list[int]]]
+LayOut = Callable[..., Iterable[tuple[float, float, int, int, int]]]
+# Of a push its place in the log, key, parent's place, place among the moves, src, dst, and how to lay it out.
+Push = tuple[int, int, int, int, int, int, LayOut, tuple[Any, ...]]
 _BLANK = (0.0,) * LOG_WIDTH
 
 
@@ -151,30 +154,29 @@ class Copies:
 
     def __init__(self, spans: Spans, moves: Moves) -> None:
         self.spans, self.moves = spans, moves
-        self.pushed: list[tuple[int, int, int, int, int, int, LayOut]] = []
+        self.pushed: list[Push] = []
         spans.before_reading = moves.before_reading = self.lay_out
 
-    def push(self, key: int, parent: int, count: int, src: int, dst: int, lay_out: LayOut) -> None:
+    def push(self, push: Push, count: int) -> None:
         """Leave room for `count` spans and remember how to fill it."""
-        log = self.spans.log
-        self.pushed.append((len(log), key, parent << LOG_SHIFT, len(self.moves.rows.fresh), src, dst, lay_out))
-        log += _BLANK * count
+        self.pushed.append(push)
+        self.spans.log += _BLANK * count
 
     def lay_out(self) -> None:
         """Complete spans and moves."""
         if not self.pushed:
             return
         log, facts, moves = self.spans.log, self.spans.facts.fresh, self.moves.rows
-        moved, before = [], 0
-        for at, key, parent, place, src, dst, lay_out in self.pushed:
+        moved: list[float] = []
+        before = 0
+        for at, key, parent, place, src, dst, lay_out, how in self.pushed:
             moved += moves.fresh[before:place]
             before = place
-            times, page, pages, cause = lay_out()
-            for start, end, first, count, why in zip(times, times[1:], page, pages, cause, strict=False):
+            for start, end, page, count, cause in lay_out(*how):
                 log[at : at + LOG_WIDTH] = end, start, key, parent
-                facts += (at, first * PAGE, count, count * PAGE, why, 0, 0)
+                facts += (at, page * PAGE, count, count * PAGE, cause, 0, 0)
                 if src != dst:
-                    moved += (start, end, first, count, src, dst, why)
+                    moved += (start, end, page, count, src, dst, cause)
                 at += LOG_WIDTH
         moves.fresh[:before] = moved
         self.pushed.clear()

@@ -11,6 +11,7 @@ What may wait is used with ``yield from``, and is an empty tuple when it turns o
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Generator, Iterable
 from heapq import heappush
 from typing import Any
@@ -100,8 +101,17 @@ class Engine:
             yield self.env.timeout(max(time - self.env.now, 0.0))
 
     def run(self, until: simpy.Event | None = None) -> Any:
-        """Run until `until` has happened, or until nothing is left to do."""
-        return self.env.run(until)
+        """Run until `until` has happened, or until nothing is left to do.
+
+        Garbage is not collected meanwhile: a run makes no cycles, and each collection would walk the whole trace.
+        """
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return self.env.run(until)
+        finally:
+            if collecting:
+                gc.enable()
 
 
 class Thread:

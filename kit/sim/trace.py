@@ -7,6 +7,8 @@ Columns live in lists, whose appends cost tens of nanoseconds; readers get numpy
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -74,8 +76,8 @@ class Trace:
         self._moves += (start, end, first_page, pages, src, dst, self.causes.ids[cause])
 
     def copied(
-        self, step: str, actor: str, parent: int, count: int, src: int, dst: int, lay_out: LayOut
-    ) -> None:  # fmt: skip
+        self, step: str, actor: str, parent: int, count: int, src: int, dst: int, lay_out: LayOut, *how: Any
+    ) -> None:
         """Append a finished span and a move for each of several runs of pages, copied one after the other.
 
         Parameters
@@ -85,10 +87,11 @@ class Trace:
         src, dst : int
             Residency masks; equal ones make no moves.
         lay_out : function
-            Called when somebody reads the trace. It returns four lists: when each copy starts and, after that, when
-            the last one ends; first page, number of pages, and id of the cause of each.
+            Called with `how` when somebody reads the trace. It yields start, end, first page, number of pages and
+            cause's id of each copy.
         """
-        self.copies.push(self._keys.get((step, actor)) or self.key(step, actor), parent, count, src, dst, lay_out)
+        key = self._keys.get((step, actor)) or self.key(step, actor)
+        self.copies.push((len(self.spans.log), key, parent << LOG_SHIFT, len(self._moves), src, dst, lay_out, how), count)
 
     def residency_at(self, time: float, first_page: int, pages: int) -> NDArray[np.int16]:
         """Return where each page is at `time`: a residency mask, or -1 while in flight.

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from kit.sim.columns import LOG_SHIFT
 from kit.sim.engine import Engine, Thread, Wait
 from kit.sim.trace import SPAN_COLUMNS, Trace, step, waiting_step
 
@@ -23,12 +24,14 @@ FACTS = st.fixed_dictionaries(
 
 @given(st.lists(st.tuples(FACTS, st.lists(FACTS, max_size=3)), max_size=20))
 def test_a_span_says_what_was_said_last_about_it(rows: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
-    trace, plain = Trace(), []
+    engine, plain = Engine(), []
+    trace, thread = engine.trace, engine.thread("t")
     for number, (facts, later) in enumerate(rows):
         row = trace.span("tool", "gpu", number, number + 1, parent=number - 1, **facts)
         plain.append({**BLANK, **facts})
         for more in later:
-            trace.facts(row, *{**BLANK, **more}.values())
+            thread.at = row << LOG_SHIFT
+            thread.note(**more)
             plain[-1].update(more)
     found = trace.spans.array()
     assert found.shape == (len(rows), len(SPAN_COLUMNS))

@@ -86,19 +86,19 @@ class GridKernel:
             1, min(int(machine["max_ctas_per_sm"]), int(machine["max_threads_per_sm"]) // max(shape.block, WARP))
         )
         self.sms, self.utlbs = int(machine["sms"]), int(machine["tpcs"])
-        self.slots_in_flight = min(self.warps, self.sms * per_sm * self.warps_per_cta)
+        self.lanes = min(self.warps, self.sms * per_sm * self.warps_per_cta)
         self.merge_load, self.merge_store = int(machine["load_merge_warps"]), int(machine["store_merge_warps"])
         hit, miss = float(costs.thread_hit), float(costs.thread_miss)
         lines = max(1.0, self.fold * self.span / LINE) if self.fold > 1 else 1.0
         self.step_us = self.fold * hit + lines * (miss - hit)
         self.bandwidth = float(machine["memory_bandwidth"])  # bytes in a microsecond
         self._tables(table)
-        self.next_warp = self.slots_in_flight
-        self.warp = np.arange(self.slots_in_flight, dtype=np.int64)
-        self.step = np.zeros(self.slots_in_flight, dtype=np.int64)
-        self.storing = np.zeros(self.slots_in_flight, dtype=bool)
-        self.asleep = np.zeros(self.slots_in_flight, dtype=bool)
-        self.alive = np.ones(self.slots_in_flight, dtype=bool)
+        self.next_warp = self.lanes
+        self.warp = np.arange(self.lanes, dtype=np.int64)
+        self.step = np.zeros(self.lanes, dtype=np.int64)
+        self.storing = np.zeros(self.lanes, dtype=bool)
+        self.asleep = np.zeros(self.lanes, dtype=bool)
+        self.alive = np.ones(self.lanes, dtype=bool)
 
     def _tables(self, table: PageTable) -> None:
         """Slot of the first page of each array, so that a page's slot is one addition away."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import accumulate
+from collections.abc import Iterator
 from operator import sub
 
 import numpy as np
@@ -13,6 +12,7 @@ from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.memory.table.pagemask import cuts, from_pages, positions, selection
 from kit.sim.engine import Thread
+from kit.sim.machine import Curve
 from kit.sim.trace import step
 
 __all__ = ["block_copy_resident_pages", "block_settle"]
@@ -80,10 +80,10 @@ def block_copy_resident_pages_between(
     start, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
     src, dst, ids = 1 << source, 1 << dest, trace.causes.ids
     causes = ids[cause], ids["prefetch"] if mask & prefetched else 0
-    lay_out = partial(_lay_out, start, durations, block.first, first, counts, prefetched, causes)
     trace.copied(
-        "UvmEventTypeMigration", actor, thread.row, len(counts), src, src if duplicate else dst, lay_out
-    )
+        "UvmEventTypeMigration", actor, thread.row, len(counts), src, src if duplicate else dst,
+        _lay_out, start, curve, block.first, first, ends, prefetched, causes,
+    )  # fmt: skip
     _copy(block, dest, mask)
     context.did_copy, context.copies_end = True, sum(durations, start)
     context.pages_changed_residency |= mask
@@ -94,13 +94,13 @@ def block_copy_resident_pages_between(
 
 
 def _lay_out(
-    start: float, durations: list[float], base: int, first: int, counts: list[int], prefetched: int,
-    causes: tuple[int, int],
-) -> tuple[list[float], list[int], list[int], list[int]]:  # fmt: skip
-    """Return times, first pages, numbers of pages and causes of copies (`Trace.copied`)."""
-    pages = positions(first)
-    times = list(accumulate(durations, initial=start))
-    return times, [base + page for page in pages], counts, [causes[prefetched >> page & 1] for page in pages]
+    start: float, curve: Curve, base: int, first: int, ends: int, prefetched: int, causes: tuple[int, int]
+) -> Iterator[tuple[float, float, int, int, int]]:  # fmt: skip
+    """Yield start, end, first page, number of pages and cause of each copy of a push (`Trace.copied`)."""
+    for page, end in zip(positions(first), positions(ends), strict=True):
+        done = start + curve.of_pages[end - page]
+        yield start, done, base + page, end - page, causes[prefetched >> page & 1]
+        start = done
 
 
 def _copy(block: VaBlock, dest: int, mask: int) -> None:

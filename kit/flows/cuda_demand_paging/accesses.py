@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.serial import SerialKernel
-from kit.drivers.uvm.sm import StreamKernel
+from kit.drivers.uvm.stream import StreamKernel
 from kit.drivers.uvm.types import PREFETCH, READ, REQUIRED_PROT, WRITE
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
 from kit.flows.run import Allocation

@@ -27,7 +27,8 @@ from kit.drivers.uvm.range_group import (
     uvm_api_set_range_group,
 )
 from kit.drivers.uvm.replayable_faults import start_bottom_half
-from kit.drivers.uvm.sm import StreamKernel, launch
+from kit.drivers.uvm.sm import launch
+from kit.drivers.uvm.stream import StreamKernel
 from kit.drivers.uvm.types import (
     BLOCK_PAGES,
     CPU,

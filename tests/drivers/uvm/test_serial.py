@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit.drivers.uvm.serial import SerialKernel
-from kit.drivers.uvm.sm import Misses, StreamKernel
+from kit.drivers.uvm.sm import Misses
+from kit.drivers.uvm.stream import StreamKernel
 from kit.memory.physical.content import Content
 
 SLOTS = 40

@@ -1,0 +1,211 @@
+"""The GPU side with a list of accesses: what a kernel of many lanes and one of a single lane have in common, and the first.
+
+A resident access costs one look at the page table. Accesses of neighbouring pages in a row, which most are, are looked
+at without a gather.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kit.drivers.uvm.sm import Misses
+from kit.drivers.uvm.types import PREFETCH
+from kit.memory.physical.content import Content
+
+__all__ = ["Stream", "StreamKernel"]
+
+NEVER = np.uint8(255)  # a right that no page gives
+NOTHING = np.zeros(0, dtype=np.int64)
+
+
+class Stream:
+    """Accesses in order, and how far they have been made.
+
+    Parameters
+    ----------
+    name : str
+    slots : ndarray of int, shape (n,)
+        Page-table slot of each access, -1 where nothing is mapped and never will be.
+    pages : ndarray of int64, shape (n,)
+        Virtual page number of each access.
+    access : ndarray of int8, shape (n,)
+        Access types.
+    need : ndarray of uint8, shape (n,)
+        Right that each access needs.
+    cost_us : float
+        Time that a resident access takes of the whole kernel's.
+    """
+
+    def __init__(
+        self, name: str, slots: NDArray[np.integer], pages: NDArray[np.int64], access: NDArray[np.int8],
+        need: NDArray[np.uint8], cost_us: float,
+    ) -> None:  # fmt: skip
+        self.name, self.slots, self.pages, self.access, self.cost_us = name, slots, pages, access, cost_us
+        self.need = np.where(slots < 0, NEVER, need)
+        self.position, self.count = 0, len(slots)
+        # How often, up to each access, the next page was not the next access's: equal numbers mean neighbours.
+        self.jumps = np.zeros(self.count, dtype=np.int32)
+        jump = (np.diff(slots) != 1) | (np.diff(pages) != 1) | (slots[:-1] < 0)
+        np.cumsum(jump, out=self.jumps[1:])
+        writes = need > 1
+        self.writes = np.zeros(self.count + 1, dtype=np.int32)  # how many of the accesses before each one write
+        np.cumsum(writes, out=self.writes[1:])
+        self.write_at, self.write_slots, self.written = writes.nonzero()[0], slots[writes], 0
+
+    def neighbours(self, start: int, stop: int) -> bool:
+        """Whether accesses from `start` on, before `stop`, are of neighbouring pages in a row."""
+        return self.jumps.item(start) == self.jumps.item(stop - 1) and self.slots.item(start) >= 0
+
+    def missing(self, rights: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.bool_]:
+        """Return which accesses from `start` on, before `stop`, have not the right that they need."""
+        if self.neighbours(start, stop):
+            first = self.slots.item(start)
+            found = rights[first : first + stop - start]
+        else:
+            found = rights[self.slots[start:stop]]
+        return np.less(found, self.need[start:stop])
+
+    def ran(self, stop: int, content: Content, start: int = 0, miss: NDArray[np.bool_] | None = None) -> None:
+        """Accesses before `stop` have been made, less those that missed in the window from `start`."""
+        first, self.written = self.written, self.writes.item(stop)
+        if first == self.written:
+            return
+        slots = self.write_slots[first : self.written]
+        if miss is not None:
+            slots = slots[~miss[self.write_at[first : self.written] - start]]
+        content.write(slots)
+
+
+class StreamKernel(Stream):
+    """Accesses of many threads as one stream, with a bounded number of misses outstanding.
+
+    A massively threaded processor runs on past a miss until its miss slots are used up; a resident
+    touch costs one gather and nothing else.
+
+    Parameters
+    ----------
+    name, slots, pages, access, need
+        As in `Stream`.
+    lanes : int
+        Misses that can be outstanding; one lane runs one access after the other.
+    utlbs : int
+        uTLBs that the lanes share.
+    touch_us : float
+        Time of one resident access, lanes overlapping.
+    pause_us : float
+        Pause after each access (single-thread programs that wait between touches).
+    """
+
+    def __init__(
+        self, name: str, slots: NDArray[np.integer], pages: NDArray[np.int64], access: NDArray[np.int8],
+        need: NDArray[np.uint8], lanes: int, utlbs: int, touch_us: float, pause_us: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(name, slots, pages, access, need, touch_us / lanes + pause_us)
+        self.lanes, self.utlbs = lanes, utlbs
+        self.utlb = np.resize(np.arange(lanes, dtype=np.int32) % utlbs, len(slots))  # access after access, lane by lane
+        self.waiting, self.window = NOTHING, 4 * lanes
+        prefetch = access == PREFETCH
+        self.prefetch = prefetch if prefetch.any() else None  # instructions that do not wait for their data
+
+    @property
+    def stalled(self) -> int:
+        """Lanes that wait for a replay."""
+        return len(self.waiting)
+
+    @property
+    def blocked(self) -> bool:
+        """See `kit.drivers.uvm.sm.Kernel.blocked`."""
+        waiting = len(self.waiting)
+        return waiting == self.lanes or (waiting > 0 and self.position == self.count)
+
+    @property
+    def done(self) -> bool:
+        """Every access has been made."""
+        return self.position == self.count and not len(self.waiting)
+
+    def advance(
+        self, rights: NDArray[np.uint8], content: Content, horizon: float, retry: bool
+    ) -> tuple[float, Misses | None]:
+        """See `kit.drivers.uvm.sm.Kernel.advance`."""
+        missed: list[NDArray[np.int64]] = []
+        spent, again = 0.0, 0
+        if retry and len(self.waiting):
+            spent = self._retry(rights, content)
+            again = len(self.waiting)
+            if again:
+                missed.append(self.waiting)
+        while self.position < self.count and len(self.waiting) < self.lanes and spent < horizon:
+            spent += self._run_window(rights, content, missed)
+        if not missed:
+            return spent, None
+        return spent, self._faults(missed[0] if len(missed) == 1 else np.concatenate(missed), again, spent)
+
+    def _retry(self, rights: NDArray[np.uint8], content: Content) -> float:
+        """Let stalled accesses try again; return the time of those that go through."""
+        at, count, chosen = self.waiting, len(self.waiting), _run(self.waiting)
+        if isinstance(chosen, slice):
+            miss = self.missing(rights, chosen.start, chosen.stop)
+        else:
+            miss = rights[self.slots[at]] < self.need[at]
+        failed = np.count_nonzero(miss)
+        self.waiting = at if failed == count else at[miss.nonzero()[0]] if failed else NOTHING
+        if len(self.write_at) and failed < count:
+            content.write(self.slots[chosen][~miss & (self.need[chosen] > 1)])
+        return (count - failed) * self.cost_us
+
+    def _run_window(self, rights: NDArray[np.uint8], content: Content, fresh: list[NDArray[np.int64]]) -> float:
+        """Touch the next window of the stream, up to as many misses as lanes are free; return the time."""
+        start, free = self.position, self.lanes - len(self.waiting)
+        stop = min(start + self.window, self.count)
+        look = min(start + free, stop)
+        miss = self.missing(rights, start, look)
+        missed = np.count_nonzero(miss)
+        if missed < look - start and look < stop:  # else the first ones take all free lanes
+            miss = self.missing(rights, start, stop)
+            missed = np.count_nonzero(miss)
+        if not missed:
+            self.window = min(2 * self.window, 1 << 18)
+            self.ran(stop, content)
+            self.position = stop
+            return (stop - start) * self.cost_us
+        self.window = max(4 * self.lanes, 64)
+        at = miss.nonzero()[0][:free] + start
+        if len(at) == free:
+            stop = at.item(-1) + 1
+        fresh.append(at)
+        at = at if self.prefetch is None else at[~self.prefetch[at]]
+        self.waiting = np.concatenate([self.waiting, at]) if len(self.waiting) else at
+        self.ran(stop, content, start, miss)
+        self.position = stop
+        return (stop - start - len(at)) * self.cost_us
+
+    def _faults(self, missed: NDArray[np.int64], again: int, spent: float) -> Misses:
+        """Merge misses of one uTLB on one page with the same access; those that tried again come first."""
+        prefetches, count, chosen = self.prefetch is not None, len(missed), _run(missed)
+        utlbs, pages = self.utlb[chosen], self.pages[chosen]
+        delay = np.full(count, spent)
+        delay[:again] = 0.0
+        if np.count_nonzero(pages[1:] > pages[:-1]) == count - 1:  # each page once: nothing to merge
+            return Misses(pages, self.access[chosen], utlbs, delay, prefetches)
+        key = (pages * self.utlbs + utlbs) * 8 + self.access[missed]
+        order = np.argsort(key, kind="stable")
+        head = np.ones(len(order), dtype=bool)
+        head[1:] = key[order][1:] != key[order][:-1]
+        first = np.sort(order[head])
+        keep = missed[first]
+        return Misses(self.pages[keep], self.access[keep], utlbs[first], delay[first], prefetches)
+
+    def cancel(self, pages: set[int], everything: bool) -> bool:
+        """See `kit.drivers.uvm.sm.Kernel.cancel`."""
+        dead = np.ones(len(self.waiting), dtype=bool)
+        if not everything:
+            dead = np.isin(self.pages[self.waiting], np.fromiter(pages, dtype=np.int64))
+        self.waiting = self.waiting[~dead]
+        return bool(dead.any())
+
+
+def _run(at: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """Return ascending numbers as a slice where there is no gap between them: a slice takes without a gather."""
+    first, last = at.item(0), at.item(-1)
+    return slice(first, last + 1) if last - first == len(at) - 1 else at
