@@ -2,7 +2,8 @@
 
 *Spans* say which step ran when, on which actor, under which parent, over which pages.
 *Moves* say where runs of pages went, enough to tell where every page was at any moment.
-Columns live in lists, whose appends cost tens of nanoseconds; readers get numpy arrays. Doubles hold every address below 2**53 exactly.
+Columns live in lists, whose appends cost tens of nanoseconds; readers get numpy arrays. Doubles
+hold every address below 2**53 exactly.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class Trace:
             cause's id of each copy.
         """
         key = self._keys.get((step, actor)) or self.key(step, actor)
-        self.copies.push((len(self.spans.log), key, parent << LOG_SHIFT, len(self._moves), src, dst, lay_out, how), count)
+        self.copies.push(
+            (len(self.spans.log), key, parent << LOG_SHIFT, len(self._moves), src, dst, lay_out, how), count
+        )
 
     def residency_at(self, time: float, first_page: int, pages: int) -> NDArray[np.int16]:
         """Return where each page is at `time`: a residency mask, or -1 while in flight.

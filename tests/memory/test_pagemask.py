@@ -56,11 +56,14 @@ def test_one_run_is_a_slice_and_several_are_none(pages: set[int]) -> None:
         assert pagemask.run_of(mask) is None
 
 
-@given(st.one_of(PAGES, st.sets(st.integers(0, 20))), PAGES, st.integers(0, 1 << 40))
-def test_pieces_are_runs_cut_at_the_other_pages(pages: set[int], apart: set[int], base: int) -> None:
-    split = [(first, count, 0) for first, count in pagemask.runs(mask_of(pages - apart))]
-    split += [(first, count, 1) for first, count in pagemask.runs(mask_of(pages & apart))]
-    expected = [(base + first, count, inside) for first, count, inside in sorted(split)]
-    found = pagemask.pieces(mask_of(pages), mask_of(apart), base)
-    assert list(zip(*found, strict=True)) == expected
-    assert all(type(number) is int for column in found for number in column)
+@given(st.one_of(PAGES, st.sets(st.integers(0, 20))))
+def test_positions_are_the_pages_in_order(pages: set[int]) -> None:
+    found = pagemask.positions(mask_of(pages))
+    assert found == sorted(pages) and all(type(page) is int for page in found)
+
+
+@given(st.one_of(PAGES, st.sets(st.integers(0, 20))), PAGES)
+def test_cuts_are_runs_cut_at_the_other_pages(pages: set[int], apart: set[int]) -> None:
+    split = [*pagemask.runs(mask_of(pages - apart)), *pagemask.runs(mask_of(pages & apart))]
+    first, ends = map(pagemask.positions, pagemask.cuts(mask_of(pages), mask_of(apart)))
+    assert [(page, end - page) for page, end in zip(first, ends, strict=True)] == sorted(split)

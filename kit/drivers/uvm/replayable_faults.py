@@ -25,7 +25,7 @@ from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
 from kit.drivers.uvm.va_space import uvm_va_block_find_create_in_range
 from kit.errors import DriverError
-from kit.memory.table.pagemask import pages_of
+from kit.memory.table.pagemask import from_bools, pages_of
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -37,6 +37,7 @@ __all__ = [
 
 BLOCK, BATCH, BATCH_FLUSH, ONCE = range(4)
 NEEDED: list[int] = REQUIRED_PROT.tolist()
+NO_FAULT = np.int8(-1)
 MANY = 32  # faults from which on arrays are faster than a loop
 DEEP_IDLE = 600.0  # microseconds without work before a CPU is let into C6 (Linux intel_idle.c, server cores)
 
@@ -228,12 +229,11 @@ def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[
     if end - start == 1:
         return {batch.access[start]: 1 << batch.page[start] - first}
     if end - start >= MANY and batch.ascending is not None:
-        pages, kinds = batch.ascending
-        marks = np.zeros((len(ACCESS_NAMES), block.pages), dtype=bool)
-        marks[kinds[start:end], pages[start:end] - first] = True
-        packed = enumerate(np.packbits(marks, axis=1, bitorder="little"))
-        found = {kind: int.from_bytes(bits.tobytes(), "little") for kind, bits in packed}
-        return {kind: mask for kind, mask in found.items() if mask}
+        pages, kinds = (column[start:end] for column in batch.ascending)
+        at = np.full(block.pages, NO_FAULT)
+        at[pages - first] = kinds
+        there = kinds.tobytes()
+        return {kind: from_bools(at == kind) for kind in range(len(ACCESS_NAMES)) if kind in there}
     strongest: dict[int, int] = {}
     before = -1
     for page, kind in zip(batch.page[start:end], batch.access[start:end], strict=True):

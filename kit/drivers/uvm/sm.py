@@ -105,7 +105,7 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
                 break
         retry, replays, stalled = replays != gpu.replays, gpu.replays, kernel.stalled
         # A single lane that tries again is not stalled any more, or runs no further.
-        running = not stalled or retry and kernel.lanes == 1
+        running = not stalled or (retry and kernel.lanes == 1)
         quiet = alone and running and gpu.fault_buffer.get == gpu.fault_buffer.put
         horizon = FOREVER if quiet else HORIZON
         spent, misses = kernel.advance(gpu.table.rights, va_space.content, horizon, retry)

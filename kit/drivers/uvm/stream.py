@@ -1,4 +1,4 @@
-"""The GPU side with a list of accesses: what a kernel of many lanes and one of a single lane have in common, and the first.
+"""The GPU side with a list of accesses: what kernels of many lanes and of one have in common, and the former.
 
 A resident access costs one look at the page table. Accesses of neighbouring pages in a row, which most are, are looked
 at without a gather.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,6 +44,9 @@ ACCESS_NAMES = ("prefetch", "read", "write", "atomic", "atomic")
 # uvm_prot_t
 READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC, COUNT_PROT = 1, 2, 3, 4
 REQUIRED_PROT = np.array([READ_ONLY, READ_ONLY, READ_WRITE, READ_WRITE, READ_WRITE_ATOMIC], dtype=np.uint8)
+
+
+_FIRST = attrgetter("first")
 
 
 class MoreProcessingRequired(Exception):
@@ -164,7 +168,7 @@ class VaSpace:
 
     def find(self, page: int) -> VaRange | None:
         """Return the managed range that holds virtual page `page`, or None (uvm_va_range_find)."""
-        index = bisect_right(self.ranges, page, key=lambda r: r.first) - 1
+        index = bisect_right(self.ranges, page, key=_FIRST) - 1
         return self.ranges[index] if index >= 0 and page < self.ranges[index].end else None
 
     def slots(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
