@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, preprocess_fault_batch
 from kit.drivers.uvm.fault_buffer import plain
+from kit.drivers.uvm.fault_service import service_fault_batch, service_fault_batch_dispatch
 from kit.drivers.uvm.gpu import Gpu
+from kit.drivers.uvm.replays import (
+    fault_buffer_flush_locked,
+    push_replay_on_gpu,
+    wait_replay,
+)
 from kit.drivers.uvm.types import PAGE
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
@@ -24,8 +30,6 @@ def cancel_faults_precise(gpu: Gpu, thread: Thread, batch: FaultBatch) -> Wait:
 @waiting_step
 def service_fault_batch_for_cancel(gpu: Gpu, thread: Thread) -> Wait:
     """Flush, replay, fetch everything again; serve the good, cancel the fatal, replay (uvm_gpu_replayable_faults.c)."""
-    from kit.drivers.uvm.replayable_faults import fault_buffer_flush_locked, service_fault_batch_dispatch, wait_replay
-
     batch = FaultBatch()
     yield from wait_replay(gpu, thread, fault_buffer_flush_locked(gpu, thread, batch, True))
     yield from _refault(gpu, thread)
@@ -60,13 +64,6 @@ def cancel_faults_precise_tlb(gpu: Gpu, thread: Thread) -> Wait:
 
     A uTLB is in lock-down, and can be cancelled, when its fatal fault of the round before has shown up again.
     """
-    from kit.drivers.uvm.replayable_faults import (
-        fault_buffer_flush_locked,
-        push_replay_on_gpu,
-        service_fault_batch,
-        wait_replay,
-    )
-
     was_enabled, gpu.prefetch_faults_enabled = gpu.prefetch_faults_enabled, False
     seen: dict[int, int] = {}  # uTLB -> its first fatal page in the round before
     while True:
@@ -131,8 +128,6 @@ def cancel_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch, reason: str)
 @waiting_step
 def cancel_faults_all(gpu: Gpu, thread: Thread, batch: FaultBatch, reason: str) -> Wait:
     """Cancel every fault of the batch by address, then flush and replay (uvm_gpu_replayable_faults.c)."""
-    from kit.drivers.uvm.replayable_faults import fault_buffer_flush_locked, wait_replay
-
     for page in _distinct(batch):
         cancel_fault_precise_va(gpu, thread, page, reason)
     yield from wait_replay(gpu, thread, fault_buffer_flush_locked(gpu, thread, batch, True))

@@ -18,7 +18,7 @@ from kit.drivers.uvm.types import (
 from kit.drivers.uvm.va_block_map import uvm_va_block_add_mappings_after_migration, uvm_va_block_map
 from kit.drivers.uvm.va_block_populate import BlockContext, uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_residency import uvm_va_block_make_resident, uvm_va_block_make_resident_read_duplicate
-from kit.drivers.uvm.va_space import uvm_va_range_block_create
+from kit.drivers.uvm.va_range import uvm_va_range_block_create
 from kit.memory.table.pagemask import region
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step

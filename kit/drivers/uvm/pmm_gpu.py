@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kit.drivers.uvm.pmm_chunks import Chunk, RootChunk, first_owner, pinned
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, VaBlock
 from kit.errors import DriverError
 from kit.sim.engine import Thread, Wait
@@ -15,53 +15,7 @@ from kit.sim.trace import step, waiting_step
 if TYPE_CHECKING:
     from kit.drivers.uvm.gpu import Gpu
 
-__all__ = ["Chunk", "Pmm", "RootChunk"]
-
-
-@dataclass(eq=False)
-class RootChunk:
-    """One 2 MiB chunk: which blocks own parts of it, and what its memory holds."""
-
-    index: int
-    zeroed: bool
-    owners: dict[int, Chunk] = field(default_factory=dict)
-    pins: int = 0
-    in_eviction: bool = False
-    tracker: float = 0.0
-
-
-@dataclass(eq=False)
-class Chunk:
-    """A user chunk of 4 KiB, 64 KiB or 2 MiB inside a root chunk; sizes in pages."""
-
-    root: RootChunk
-    offset: int
-    pages: int
-    block: VaBlock | None = None
-    page_index: int = 0
-    zeroed: bool = False
-
-    @property
-    def frame(self) -> int:
-        """First frame in the GPU's memory."""
-        return self.root.index * BLOCK_PAGES + self.offset
-
-
-def _pinned(root: RootChunk | None) -> Chunk | None:
-    """Return all of a root chunk as one chunk that cannot be evicted; None when there is none."""
-    if root is None:
-        return None
-    root.pins += 1
-    return Chunk(root, 0, BLOCK_PAGES, zeroed=root.zeroed)
-
-
-def _first_owner(root: RootChunk) -> VaBlock | None:
-    """Return the block that owns the lowest chunk left in a root chunk, None when all are gone."""
-    lowest = None
-    for chunk in root.owners.values():
-        if chunk.block is not None and (lowest is None or chunk.offset < lowest.offset):
-            lowest = chunk
-    return None if lowest is None else lowest.block
+__all__ = ["Pmm"]
 
 
 class Pmm:
@@ -112,7 +66,7 @@ class Pmm:
         chunk = self.claim_free_chunk(thread, pages)
         if chunk is None and pages == BLOCK_PAGES:
             root = yield from self.alloc_or_evict_root_chunk_unlocked(thread, evict)
-            chunk = _pinned(root)
+            chunk = pinned(root)
         elif chunk is None:
             chunk = yield from self.alloc_chunk_with_splits(thread, pages, evict)
         return chunk
@@ -124,7 +78,7 @@ class Pmm:
             free = self.free_zeroed or self.free_dirty
             if not free:
                 return None
-            return _pinned(free.pop(0))
+            return pinned(free.pop(0))
         if not self.splits[pages]:
             return None
         chunk = self.splits[pages].pop(0)
@@ -141,7 +95,7 @@ class Pmm:
                 chunk = self.claim_free_chunk(thread, larger)
         if chunk is None:
             root = yield from self.alloc_or_evict_root_chunk(thread, evict)
-            chunk = _pinned(root)
+            chunk = pinned(root)
         for size in (BIG_PAGES, 1):
             if chunk is not None and pages <= size < chunk.pages:
                 chunk = self.split_gpu_chunk(thread, chunk, size)
@@ -227,7 +181,7 @@ class Pmm:
         self.evictions += 1
         pieces = self._take_pieces(root)  # pinned: nobody else may claim them meanwhile
         try:
-            while (owner := _first_owner(root)) is not None:
+            while (owner := first_owner(root)) is not None:
                 yield from self.evict_root_chunk_from_va_block(thread, root, owner)
         except DriverError:
             root.in_eviction = False

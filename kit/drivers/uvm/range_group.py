@@ -9,7 +9,7 @@ from kit.drivers.uvm.types import CPU, GPU, READ_WRITE_ATOMIC, VaBlock, VaRange,
 from kit.drivers.uvm.va_block_map import uvm_va_block_map, uvm_va_block_unmap
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.drivers.uvm.va_block_residency import uvm_va_block_make_resident
-from kit.drivers.uvm.va_space import uvm_va_range_block_create
+from kit.drivers.uvm.va_range import uvm_va_range_block_create
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 

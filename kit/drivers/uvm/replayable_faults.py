@@ -1,44 +1,33 @@
-"""uvm_gpu_replayable_faults.c: interrupt, service loop, batches, blocks, replays."""
+"""uvm_gpu_replayable_faults.c: interrupt, bottom half, batch after batch until nothing is left to serve."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 
-import numpy as np
 from simpy import Event
 
 from kit.drivers.uvm.cancel import cancel_fault_batch, cancel_faults_precise
-from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, flush, preprocess_fault_batch
+from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, preprocess_fault_batch
+from kit.drivers.uvm.fault_service import service_fault_batch
 from kit.drivers.uvm.gpu import Gpu
-from kit.drivers.uvm.perf_thrashing import PIN, THROTTLE, uvm_perf_thrashing_get_hint
+from kit.drivers.uvm.replays import (
+    BATCH,
+    BATCH_FLUSH,
+    ONCE,
+    fault_buffer_flush_locked,
+    push_replay_on_parent_gpu,
+    wait_replay,
+)
 from kit.drivers.uvm.types import (
     ACCESS_NAMES,
-    GPU,
     PAGE,
-    PREFETCH,
-    READ,
-    REQUIRED_PROT,
-    MoreProcessingRequired,
-    VaBlock,
 )
-from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
-from kit.drivers.uvm.va_block_service import ServiceContext, uvm_va_block_select_residency, uvm_va_block_service_locked
-from kit.drivers.uvm.va_space import uvm_va_block_find_create_in_range
 from kit.errors import DriverError
-from kit.memory.table.pagemask import from_bools, pages_of
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
-__all__ = [
-    "fault_buffer_flush_locked", "push_replay_on_parent_gpu", "replayable_faults_isr_bottom_half",
-    "service_fault_batch",
-    "start_bottom_half",
-]  # fmt: skip
+__all__ = ["start_bottom_half"]
 
-BLOCK, BATCH, BATCH_FLUSH, ONCE = range(4)
-NEEDED: list[int] = REQUIRED_PROT.tolist()
-NO_FAULT = np.int8(-1)
-MANY = 32  # faults from which on arrays are faster than a loop
 DEEP_IDLE = 600.0  # microseconds without work before a CPU is let into C6 (Linux intel_idle.c, server cores)
 
 
@@ -132,155 +121,6 @@ def _is_memory_left(error: DriverError) -> bool:
     return False
 
 
-@waiting_step
-def service_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch, cancel: bool = False) -> Wait:
-    """Serve the sorted faults block by block (uvm_gpu_replayable_faults.c)."""
-    at, count = 0, len(batch.page)
-    while at < count:
-        if batch.fatal_type[at]:
-            batch.fatal[batch.page[at]] = "InvalidFaultType"
-            at += 1
-            continue
-        at = yield from service_fault_batch_dispatch(gpu, thread, batch, at)
-        if gpu.module.fault_replay_policy == BLOCK and not cancel and not batch.fatal:
-            push_replay_on_gpu(gpu, thread, batch)
-
-
-@waiting_step
-def service_fault_batch_dispatch(gpu: Gpu, thread: Thread, batch: FaultBatch, at: int) -> Wait:
-    """Find the block of fault `at`, serve all faults inside it, return the next fault (uvm_gpu_replayable_faults.c)."""
-    thread.charge(gpu.costs.service_block)
-    page = batch.page[at]
-    assert gpu.va_space is not None
-    block = uvm_va_block_find_create_in_range(gpu.va_space, thread, page)
-    if block is None:
-        service_fault_batch_fatal_notify(gpu, thread, batch, at)
-        return bisect_right(batch.page, page, at)
-    end = bisect_left(batch.page, block.first + block.pages, at)
-    yield from service_fault_batch_block(gpu, thread, batch, block, at, end)
-    return end
-
-
-@step
-def service_fault_batch_fatal_notify(gpu: Gpu, thread: Thread, batch: FaultBatch, at: int) -> None:
-    """No range there: fatal, unless it was only a prefetch (uvm_gpu_replayable_faults.c)."""
-    page = batch.page[at]
-    if batch.access[at] == PREFETCH:
-        batch.num_invalid_prefetch += batch.instances[at]
-    else:
-        batch.fatal[page] = "InvalidAddress"
-    thread.note(va=page * PAGE, pages=1, status="NV_ERR_INVALID_ADDRESS")
-
-
-@waiting_step
-def service_fault_batch_block(
-    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, start: int, end: int
-) -> Wait:
-    """One block operation, started again as often as memory had to be evicted for it (uvm_gpu_replayable_faults.c)."""
-    context = ServiceContext()
-    yield from block.lock.acquire(thread)
-    try:
-        while True:
-            try:
-                yield from service_fault_batch_block_locked(gpu, thread, batch, block, context, start, end)
-                break
-            except MoreProcessingRequired:
-                context.num_retries += 1
-    finally:
-        yield from block.lock.release(thread)
-        uvm_va_block_retry_deinit(context.block_context, thread, gpu)
-    batch.tracker = max(batch.tracker, block.tracker)
-
-
-@waiting_step
-def service_fault_batch_block_locked(
-    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext, start: int, end: int
-) -> Wait:
-    """Policy for every faulting page, then one service operation (uvm_gpu_replayable_faults.c)."""
-    context.reset()
-    if not context.num_retries:
-        context.strongest = _strongest(batch, block, start, end)
-        context.distinct = sum(map(int.bit_count, context.strongest.values()))
-        context.instances = end - start if batch.ascending is not None else sum(batch.instances[start:end])
-    strongest, distinct = context.strongest, context.distinct
-    thread.note(block.va, distinct, value=context.instances)
-    thread.charge(distinct * gpu.costs.service_fault)
-    if not context.num_retries:
-        update_batch_and_notify_fault(gpu, thread, batch, context.instances - distinct)
-    rights = block.pte[GPU]
-    for access, pages in check_fault_access_permissions(gpu, thread, batch, block, strongest).items():
-        prot = NEEDED[access]
-        pages &= ~rights[prot]  # where the GPU already has the right the fault is spurious
-        context.wanted[prot] |= pages
-        context.faulted |= pages
-    if block.thrashing is not None and block.thrashing.page is not None:
-        _thrashing_hints(gpu, thread, batch, block, context)
-    if not context.faulted:
-        return
-    uvm_va_block_select_residency(block, thread, context, GPU)
-    yield from uvm_va_block_service_locked(block, thread, context, GPU)
-    if context.did_migrate:
-        batch.copies_end = max(batch.copies_end, context.block_context.copies_end)
-
-
-def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[int, int]:
-    """Return access type -> faulting pages for which it is the strongest, which is the first fault of each page."""
-    first = block.first
-    if end - start == 1:
-        return {batch.access[start]: 1 << batch.page[start] - first}
-    if end - start >= MANY and batch.ascending is not None:
-        pages, kinds = (column[start:end] for column in batch.ascending)
-        at = np.full(block.pages, NO_FAULT)
-        at[pages - first] = kinds
-        there = kinds.tobytes()
-        return {kind: from_bools(at == kind) for kind in range(len(ACCESS_NAMES)) if kind in there}
-    strongest: dict[int, int] = {}
-    before = -1
-    for page, kind in zip(batch.page[start:end], batch.access[start:end], strict=True):
-        if page != before:
-            before = page
-            strongest[kind] = strongest.get(kind, 0) | 1 << page - first
-    return strongest
-
-
-def _thrashing_hints(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext) -> None:
-    """Ask thrashing about faults on suspicious pages: a throttled one is left out of this batch."""
-    info = block.thrashing
-    assert info is not None
-    # One page at least: the epoch is tested whatever page is asked about.
-    for index in pages_of(context.faulted & info.pages or context.faulted & -context.faulted).tolist():
-        hint = uvm_perf_thrashing_get_hint(block, thread, index, GPU)
-        if hint.type == THROTTLE:
-            batch.has_throttled = True
-            context.faulted &= ~(1 << index)
-            context.wanted = [pages & ~(1 << index) for pages in context.wanted]
-        elif hint.type == PIN:
-            context.pinned[index] = hint.residency
-
-
-@step
-def update_batch_and_notify_fault(gpu: Gpu, thread: Thread, batch: FaultBatch, duplicates: int) -> None:
-    """Count duplicates: merged instances, and same-page entries that the sort brought together."""
-    batch.num_duplicates += duplicates
-
-
-@step
-def check_fault_access_permissions(
-    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, strongest: dict[int, int]
-) -> dict[int, int]:
-    """Return which faults may be served; a write to a read-only area is fatal (uvm_gpu_replayable_faults.c).
-
-    Like `strongest`, a dict of access types and the pages that they are about.
-    """
-    if block.range.vma.writable:
-        return strongest
-    fatal = 0
-    for access, pages in strongest.items():
-        fatal |= pages if access > READ else 0
-    batch.fatal.update(dict.fromkeys((block.first + pages_of(fatal)).tolist(), "InvalidPermissions"))
-    return {access: pages for access, pages in strongest.items() if access <= READ}
-
-
 def report_group(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
     """Emit the batch as tools show it: the first faulting page, how often it faulted, until the copies end.
 
@@ -308,41 +148,3 @@ def enable_disable_prefetch_faults(gpu: Gpu, thread: Thread, batch: FaultBatch) 
         gpu.prefetch_faults_enabled, gpu.prefetch_faults_disabled_at = False, thread.now
     elif not gpu.prefetch_faults_enabled and thread.now - gpu.prefetch_faults_disabled_at > lapse:
         gpu.prefetch_faults_enabled = True
-
-
-@step
-def fault_buffer_flush_locked(gpu: Gpu, thread: Thread, batch: FaultBatch, update_put: bool) -> float:
-    """Throw queued entries away and replay: their accesses fault again if they must (uvm_gpu_replayable_faults.c)."""
-    thread.charge(gpu.costs.flush_buffer)
-    thread.note(value=flush(gpu.fault_buffer, thread.now, update_put))
-    return push_replay_on_parent_gpu(gpu, thread, batch, wake=False)
-
-
-@step
-def push_replay_on_parent_gpu(gpu: Gpu, thread: Thread, batch: FaultBatch, wake: bool = True) -> float:
-    """Replay on the parent GPU (uvm_gpu_replayable_faults.c)."""
-    return push_replay_on_gpu(gpu, thread, batch, wake)
-
-
-@step
-def push_replay_on_gpu(gpu: Gpu, thread: Thread, batch: FaultBatch, wake: bool = True) -> float:
-    """Push a replay behind the batch's work; it wakes every stalled access (uvm_gpu_replayable_faults.c)."""
-    thread.charge(gpu.costs.push)
-    _, end = gpu.memops.push(thread, gpu.costs.replay, after=batch.tracker)
-    batch.num_replays += 1
-    thread.engine.trace.span("UvmEventTypeGpuFaultReplay", "gpu", end, end)
-    if wake:
-        thread.engine.start(_wake_at(gpu, end))
-    return end
-
-
-def _wake_at(gpu: Gpu, time: float) -> Wait:
-    yield gpu.engine.env.timeout(max(0.0, time - gpu.engine.now))
-    gpu.wake_stalled()
-
-
-def wait_replay(gpu: Gpu, thread: Thread, end: float) -> Wait:
-    """Wait for a replay to finish (uvm_tracker_wait), which is when stalled accesses run again."""
-    thread.now = max(thread.now, end)
-    yield from thread.sync()
-    gpu.wake_stalled()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kit.drivers.uvm.gpu import Gpu
     from kit.drivers.uvm.module import ModuleParameters
     from kit.drivers.uvm.perf_thrashing_state import BlockThrashing
-    from kit.drivers.uvm.pmm_gpu import Chunk
+    from kit.drivers.uvm.pmm_chunks import Chunk
     from kit.memory.space.mm import Mm
     from kit.memory.space.vma import Vma
 

@@ -13,7 +13,7 @@ from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:
-    from kit.drivers.uvm.pmm_gpu import RootChunk
+    from kit.drivers.uvm.pmm_chunks import RootChunk
 
 __all__ = ["uvm_va_block_evict_chunks"]
 

@@ -1,14 +1,9 @@
-"""uvm_va_block.c, mappings: page-table entries of CPU and GPU, their sizes, and TLB invalidation."""
+"""uvm_va_block.c, mappings: rights of CPU and GPU, given, lowered and taken."""
 
 from __future__ import annotations
 
-import numpy as np
-
-from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_revocation
 from kit.drivers.uvm.types import (
-    BIG_PAGES,
-    BLOCK_PAGES,
     CPU,
     GPU,
     PAGE,
@@ -18,8 +13,9 @@ from kit.drivers.uvm.types import (
     VaBlock,
     VaSpace,
 )
+from kit.drivers.uvm.va_block_ptes import downgrade_membar, push_ptes, write_ptes
 from kit.memory.space.vm_insert import insert_run, zap_run
-from kit.memory.table.pagemask import runs, selection
+from kit.memory.table.pagemask import runs
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -27,9 +23,6 @@ __all__ = [
     "uvm_va_block_add_mappings", "uvm_va_block_add_mappings_after_migration", "uvm_va_block_map",
     "uvm_va_block_revoke_prot", "uvm_va_block_revoke_prot_mask", "uvm_va_block_unmap", "uvm_va_block_unmap_mask",
 ]  # fmt: skip
-
-
-_BIG_STARTS = sum(1 << at for at in range(0, BLOCK_PAGES, BIG_PAGES))
 
 
 @step
@@ -68,15 +61,8 @@ def block_unmap_cpu(block: VaBlock, thread: Thread, mask: int) -> None:
 def block_unmap_gpu(block: VaBlock, thread: Thread, mask: int) -> None:
     """Clear GPU entries, invalidate the TLB, membar; the next push on the block waits for it (uvm_va_block.c)."""
     gpu = block.range.va_space.gpu
-    written = _write_ptes(block, gpu, mask, 0)
-    _push_ptes(block, thread, gpu, written, mask, _downgrade_membar(block, gpu, mask))
-
-
-def _downgrade_membar(block: VaBlock, gpu: Gpu, mask: int) -> float:
-    """Return the cost of the membar that follows: a GPU-wide one is enough for local memory (uvm_hal.c)."""
-    local = not mask & ~block.resident[GPU]
-    wide = gpu.costs.membar_gpu if local and not gpu.module.downgrade_force_membar_sys else gpu.costs.membar_sys
-    return float(wide + gpu.hal.extra_hshub_membars * gpu.costs.membar_gpu)
+    written = write_ptes(block, gpu, mask, 0)
+    push_ptes(block, thread, gpu, written, mask, downgrade_membar(block, gpu, mask))
 
 
 @step
@@ -126,8 +112,8 @@ def block_map_gpu_to(block: VaBlock, thread: Thread, location: int, mask: int, p
     va_space = block.range.va_space
     gpu = va_space.gpu
     upgraded = mask & block.pte[GPU][READ_ONLY]
-    written = _write_ptes(block, gpu, mask, prot, location)
-    _push_ptes(block, thread, gpu, written, upgraded, 0.0)
+    written = write_ptes(block, gpu, mask, prot, location)
+    push_ptes(block, thread, gpu, written, upgraded, 0.0)
     if location != GPU:
         for first, count in runs(mask):
             thread.engine.trace.span(
@@ -177,8 +163,8 @@ def block_revoke_prot_gpu_to(block: VaBlock, thread: Thread, mask: int, prot: in
     """Write lower rights over the GPU's entries and invalidate (uvm_va_block.c)."""
     gpu = block.range.va_space.gpu
     location = GPU if mask & block.resident[GPU] else CPU
-    membar = _downgrade_membar(block, gpu, mask)
-    _push_ptes(block, thread, gpu, _write_ptes(block, gpu, mask, prot - 1, location), mask, membar)
+    membar = downgrade_membar(block, gpu, mask)
+    push_ptes(block, thread, gpu, write_ptes(block, gpu, mask, prot - 1, location), mask, membar)
     block_revoke_prot_gpu_perf_notify(block, thread, mask)
 
 
@@ -237,68 +223,3 @@ def uvm_va_block_add_mappings(block: VaBlock, thread: Thread, mask: int, process
     for prot, pages in by_prot.items():
         if pages:
             uvm_va_block_map(block, thread, processor, pages, prot, "policy")
-
-
-def _write_ptes(block: VaBlock, gpu: Gpu, mask: int, prot: int, location: int = GPU) -> int:
-    """Update the GPU's table and return how many entries of which size had to be written."""
-    table, at, slot = gpu.table, selection(mask, block.pages), block.slot[GPU]
-    if isinstance(at, slice):
-        entries = slice(slot + at.start, slot + at.stop)
-        table.rights[entries] = prot
-        if prot:
-            table.frame[entries] = block.frames[location][at]
-    else:
-        table.window(slot, block.pages)[at] = prot
-        if prot:
-            np.copyto(table.frame[slot : slot + block.pages], block.frames[location], where=at)
-    return _pte_sizes(block, mask, prot, location)
-
-
-def _pte_sizes(block: VaBlock, mask: int, prot: int, location: int) -> int:
-    """Choose 2 MiB, 64 KiB or 4 KiB entries (one contiguous chunk, one right) and count the writes.
-
-    A size change passes through an unmapped state: splitting a 2 MiB entry writes its 64 KiB or
-    4 KiB entries anew.
-    """
-    whole = block.all_pages
-    single = _single_chunk(block, location)
-    if block.pages == BLOCK_PAGES and mask == whole and prot and single and not block.cancel_4k:
-        block.pte_2m, block.big_ptes = True, 0
-        return 1
-    writes = 0
-    if block.pte_2m:
-        block.pte_2m, block.big_ptes = False, 0
-        writes += BLOCK_PAGES // BIG_PAGES
-    if (single or location == GPU) and not block.cancel_4k:
-        big = _big_pages(mask, -block.first % BIG_PAGES)
-        block.big_ptes |= big
-        writes -= big.bit_count() // BIG_PAGES * (BIG_PAGES - 1)
-    return writes + mask.bit_count()
-
-
-def _big_pages(mask: int, lead: int) -> int:
-    """Return the pages of a mask that make whole 64 KiB pages; the first of these starts at page `lead`."""
-    found = mask & mask >> 1  # followed by one more page of the mask, then by three, seven, fifteen
-    found &= found >> 2
-    found &= found >> 4
-    found &= found >> 8
-    found &= _BIG_STARTS << lead
-    return (found << BIG_PAGES) - found
-
-
-def _single_chunk(block: VaBlock, location: int) -> bool:
-    """Whether one contiguous 2 MiB chunk backs the whole block at `location`."""
-    if location == GPU:
-        return block.pages == BLOCK_PAGES
-    found = block.cpu_chunks.get(0)
-    return found is not None and found[2] == BLOCK_PAGES
-
-
-def _push_ptes(block: VaBlock, thread: Thread, gpu: Gpu, writes: int, invalidated: int, membar: float) -> None:
-    """One MEMOPS push: entries, then the TLB invalidate that a downgrade or a change needs."""
-    costs = gpu.costs
-    duration = writes * costs.pte_write
-    if invalidated:
-        duration += gpu.tlb_invalidate(invalidated) + membar
-    thread.charge(costs.push)
-    _, block.tracker = gpu.memops.push(thread, duration, after=block.tracker)

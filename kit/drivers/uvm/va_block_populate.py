@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kit.drivers.uvm.pmm_gpu import Chunk
+from kit.drivers.uvm.pmm_chunks import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, MoreProcessingRequired, VaBlock
 from kit.errors import DriverError
 from kit.memory.reclaim.alloc import alloc_pages_exact

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kit.drivers.uvm.pmm_gpu import Chunk
+from kit.drivers.uvm.pmm_chunks import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, VaBlock, VaRange, VaSpace
 from kit.errors import DriverError
 from kit.memory.table.pagemask import region

@@ -18,7 +18,7 @@ from kit.drivers.uvm.types import (
     VaBlock,
     VaRange,
 )
-from kit.drivers.uvm.va_space import uvm_va_range_block_create
+from kit.drivers.uvm.va_range import uvm_va_range_block_create
 from kit.errors import DriverError
 from kit.memory.table.pagemask import region
 
