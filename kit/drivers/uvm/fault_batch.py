@@ -72,12 +72,16 @@ def fetch_fault_buffer_entries(gpu: Gpu, thread: Thread, batch: FaultBatch, ever
     batch.page, batch.access, batch.fatal_type = plain(page), plain(access), plain(fatal)
     batch.first_time = float(time[0])
     batch.instances = [1] * limit
-    if isinstance(page, np.ndarray) and isinstance(access, np.ndarray) and (page[1:] > page[:-1]).all():
+    if isinstance(page, np.ndarray) and isinstance(access, np.ndarray) and _ascends(page):
         batch.ascending = page, access
     coalesce = module.fault_coalesce and not (everything and not gpu.hal.cancel_by_address)
     if limit > 1 and coalesce and batch.ascending is None and len(set(batch.page)) < limit:
         _merge(batch)
     thread.note(pages=len(batch.page), value=limit)
+
+
+def _ascends(page: NDArray[np.int64]) -> bool:
+    return np.count_nonzero(page[1:] > page[:-1]) == len(page) - 1
 
 
 def _merge(batch: FaultBatch) -> None:

@@ -133,10 +133,11 @@ def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[
         return {batch.access[start]: 1 << batch.page[start] - first}
     if end - start >= MANY and batch.ascending is not None:
         pages, kinds = (column[start:end] for column in batch.ascending)
-        at = np.full(block.pages, NO_FAULT)
-        at[pages - first] = kinds
-        there = kinds.tobytes()
-        return {kind: from_bools(at == kind) for kind in range(len(ACCESS_NAMES)) if kind in there}
+        at, lead, there = kinds, batch.page[start] - first, kinds.tobytes()
+        if batch.page[end - 1] - batch.page[start] > end - start - 1:  # pages are left out
+            at, lead = np.full(block.pages, NO_FAULT), 0
+            at[pages - first] = kinds
+        return {kind: from_bools(at == kind) << lead for kind in range(len(ACCESS_NAMES)) if kind in there}
     strongest: dict[int, int] = {}
     before = -1
     for page, kind in zip(batch.page[start:end], batch.access[start:end], strict=True):

@@ -55,12 +55,11 @@ class SerialKernel(Stream):
             miss = self.missing(rights, start, stop)
             at = start + int(miss.argmax())
             if miss.item(at - start):
-                self.ran(at, content)
+                self.wrote(start, at, content)
                 spent += (at - start) * self.cost_us
                 self.position, self.stalled = at + 1, 1
-                self.written += self.need.item(at) > 1
                 return spent, self._miss(at, spent)
-            self.ran(stop, content)
+            self.wrote(start, stop, content)
             spent += (stop - start) * self.cost_us
             self.position, self.window = stop, min(2 * self.window, MOST)
         return spent, None

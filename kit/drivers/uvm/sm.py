@@ -8,6 +8,7 @@ reach the fault buffer; an access that misses stalls until a replay wakes it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +30,7 @@ FOREVER = 1e12
 class Misses:
     """Accesses that fault, in order of arrival: page, access type, uTLB, delay after the call (microseconds).
 
-    ``prefetches`` says that some may be prefetch instructions, which nobody waits for.
+    There may be one delay for all. ``prefetches`` says that some may be prefetch instructions, which nobody waits for.
     """
 
     page: Column
@@ -41,7 +42,8 @@ class Misses:
     def without_prefetches(self) -> Misses:
         """Return the others: where prefetches do not fault, they are dropped."""
         keep = np.asarray(self.access) != PREFETCH
-        return Misses(*(np.asarray(column)[keep] for column in (self.page, self.access, self.utlb, self.delay)))
+        page, access, utlb = (np.asarray(column)[keep] for column in (self.page, self.access, self.utlb))
+        return Misses(page, access, utlb, self.delay if len(self.delay) == 1 else np.asarray(self.delay)[keep])
 
 
 class Kernel(Protocol):
@@ -139,5 +141,13 @@ def _fault(gpu: Gpu, misses: Misses) -> None:
     if len(misses.page) == 1:
         arrival = [max(now + misses.delay[0], last) + interval]
     else:
-        arrival = np.maximum(now + np.asarray(misses.delay), last) + interval * np.arange(1, len(misses.delay) + 1)
+        delay = misses.delay
+        start = max(now + delay[0], last) if len(delay) == 1 else np.maximum(now + np.asarray(delay), last)
+        arrival = start + _spacing(interval, len(misses.page))
     gpu.fault_buffer.write(arrival, misses.page, misses.access, misses.utlb)
+
+
+@lru_cache(maxsize=1 << 8)
+def _spacing(interval: float, count: int) -> NDArray[np.float64]:
+    """Return how much later than the start each of `count` entries arrives."""
+    return interval * np.arange(1, count + 1)

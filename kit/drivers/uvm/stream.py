@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.drivers.uvm.fault_buffer import Column
 from kit.drivers.uvm.sm import Misses
 from kit.drivers.uvm.types import PREFETCH
 from kit.memory.physical.content import Content
@@ -51,7 +52,7 @@ class Stream:
         writes = need > 1
         self.writes = np.zeros(self.count + 1, dtype=np.int32)  # how many of the accesses before each one write
         np.cumsum(writes, out=self.writes[1:])
-        self.write_at, self.write_slots, self.written = writes.nonzero()[0], slots[writes], 0
+        self.write_at, self.write_slots = writes.nonzero()[0], slots[writes]
 
     def neighbours(self, start: int, stop: int) -> bool:
         """Whether accesses from `start` on, before `stop`, are of neighbouring pages in a row."""
@@ -66,14 +67,14 @@ class Stream:
             found = rights[self.slots[start:stop]]
         return np.less(found, self.need[start:stop])
 
-    def ran(self, stop: int, content: Content, start: int = 0, miss: NDArray[np.bool_] | None = None) -> None:
-        """Accesses before `stop` have been made, less those that missed in the window from `start`."""
-        first, self.written = self.written, self.writes.item(stop)
-        if first == self.written:
+    def wrote(self, start: int, stop: int, content: Content, miss: NDArray[np.bool_] | None = None) -> None:
+        """Accesses from `start` on, before `stop`, have been made, less those that `miss` marks."""
+        first, last = self.writes.item(start), self.writes.item(stop)
+        if first == last:
             return
-        slots = self.write_slots[first : self.written]
+        slots = self.write_slots[first:last]
         if miss is not None:
-            slots = slots[~miss[self.write_at[first : self.written] - start]]
+            slots = slots[~miss[self.write_at[first:last] - start]]
         content.write(slots)
 
 
@@ -146,12 +147,15 @@ class StreamKernel(Stream):
         at, count, chosen = self.waiting, len(self.waiting), _run(self.waiting)
         if isinstance(chosen, slice):
             miss = self.missing(rights, chosen.start, chosen.stop)
+            failed = np.count_nonzero(miss)
+            if failed < count:
+                self.wrote(chosen.start, chosen.stop, content, miss if failed else None)
         else:
-            miss = rights[self.slots[at]] < self.need[at]
-        failed = np.count_nonzero(miss)
+            slots, need = self.slots[at], self.need[at]
+            miss = rights[slots] < need
+            failed = np.count_nonzero(miss)
+            content.write(slots[~miss & (need > 1)])
         self.waiting = at if failed == count else at[miss.nonzero()[0]] if failed else NOTHING
-        if len(self.write_at) and failed < count:
-            content.write(self.slots[chosen][~miss & (self.need[chosen] > 1)])
         return (count - failed) * self.cost_us
 
     def _run_window(self, rights: NDArray[np.uint8], content: Content, fresh: list[NDArray[np.int64]]) -> float:
@@ -166,17 +170,21 @@ class StreamKernel(Stream):
             missed = np.count_nonzero(miss)
         if not missed:
             self.window = min(2 * self.window, 1 << 18)
-            self.ran(stop, content)
+            self.wrote(start, stop, content)
             self.position = stop
             return (stop - start) * self.cost_us
         self.window = max(4 * self.lanes, 64)
         at = miss.nonzero()[0][:free] + start
         if len(at) == free:
             stop = at.item(-1) + 1
+        first = at.item(0)
+        if stop - first == len(at):  # those before have been made, and none after
+            self.wrote(start, first, content)
+        else:
+            self.wrote(start, stop, content, miss)
         fresh.append(at)
         at = at if self.prefetch is None else at[~self.prefetch[at]]
         self.waiting = np.concatenate([self.waiting, at]) if len(self.waiting) else at
-        self.ran(stop, content, start, miss)
         self.position = stop
         return (stop - start - len(at)) * self.cost_us
 
@@ -184,8 +192,10 @@ class StreamKernel(Stream):
         """Merge misses of one uTLB on one page with the same access; those that tried again come first."""
         prefetches, count, chosen = self.prefetch is not None, len(missed), _run(missed)
         utlbs, pages = self.utlb[chosen], self.pages[chosen]
-        delay = np.full(count, spent)
-        delay[:again] = 0.0
+        delay: Column = [spent if again == 0 else 0.0]
+        if 0 < again < count:
+            delay = np.full(count, spent)
+            delay[:again] = 0.0
         if np.count_nonzero(pages[1:] > pages[:-1]) == count - 1:  # each page once: nothing to merge
             return Misses(pages, self.access[chosen], utlbs, delay, prefetches)
         key = (pages * self.utlbs + utlbs) * 8 + self.access[missed]
@@ -194,7 +204,9 @@ class StreamKernel(Stream):
         head[1:] = key[order][1:] != key[order][:-1]
         first = np.sort(order[head])
         keep = missed[first]
-        return Misses(self.pages[keep], self.access[keep], utlbs[first], delay[first], prefetches)
+        return Misses(
+            self.pages[keep], self.access[keep], utlbs[first], delay[first] if len(delay) > 1 else delay, prefetches
+        )
 
     def cancel(self, pages: set[int], everything: bool) -> bool:
         """See `kit.drivers.uvm.sm.Kernel.cancel`."""
