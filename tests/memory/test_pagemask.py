@@ -65,5 +65,7 @@ def test_positions_are_the_pages_in_order(pages: set[int]) -> None:
 @given(st.one_of(PAGES, st.sets(st.integers(0, 20))), PAGES)
 def test_cuts_are_runs_cut_at_the_other_pages(pages: set[int], apart: set[int]) -> None:
     split = [*pagemask.runs(mask_of(pages - apart)), *pagemask.runs(mask_of(pages & apart))]
-    first, ends = map(pagemask.positions, pagemask.cuts(mask_of(pages), mask_of(apart)))
-    assert [(page, end - page) for page, end in zip(first, ends, strict=True)] == sorted(split)
+    first, ends = pagemask.cuts(mask_of(pages), mask_of(apart))
+    found = list(zip(pagemask.positions(first), pagemask.positions(ends), strict=True))
+    assert [(page, end - page) for page, end in found] == sorted(split)
+    assert pagemask.lengths(first, ends) == [end - page for page, end in found]

@@ -75,13 +75,22 @@ def fetch_fault_buffer_entries(gpu: Gpu, thread: Thread, batch: FaultBatch, ever
     if isinstance(page, np.ndarray) and isinstance(access, np.ndarray) and _ascends(page):
         batch.ascending = page, access
     coalesce = module.fault_coalesce and not (everything and not gpu.hal.cancel_by_address)
-    if limit > 1 and coalesce and batch.ascending is None and len(set(batch.page)) < limit:
+    if limit > 1 and coalesce and batch.ascending is None and _may_merge(np.asarray(page), np.asarray(batch.utlb)):
         _merge(batch)
     thread.note(pages=len(batch.page), value=limit)
 
 
 def _ascends(page: NDArray[np.int64]) -> bool:
-    return np.count_nonzero(page[1:] > page[:-1]) == len(page) - 1
+    return bool(np.count_nonzero(page[1:] > page[:-1]) == len(page) - 1)
+
+
+def _may_merge(page: NDArray[np.int64], utlb: NDArray[np.integer]) -> bool:
+    """Whether an entry has the page of the one before it, in the batch or of its uTLB: without, nothing merges."""
+    if (page[1:] == page[:-1]).any():
+        return True
+    order = utlb.argsort(kind="stable")
+    page, utlb = page[order], utlb[order]
+    return bool(((page[1:] == page[:-1]) & (utlb[1:] == utlb[:-1])).any())
 
 
 def _merge(batch: FaultBatch) -> None:

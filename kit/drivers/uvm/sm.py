@@ -150,4 +150,4 @@ def _fault(gpu: Gpu, misses: Misses) -> None:
 @lru_cache(maxsize=1 << 8)
 def _spacing(interval: float, count: int) -> NDArray[np.float64]:
     """Return how much later than the start each of `count` entries arrives."""
-    return interval * np.arange(1, count + 1)
+    return np.arange(1, count + 1) * np.float64(interval)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import sub
 
 import numpy as np
 
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
-from kit.memory.table.pagemask import cuts, from_pages, positions, selection
+from kit.memory.table.pagemask import cuts, from_pages, lengths, positions, selection
 from kit.sim.engine import Thread
 from kit.sim.machine import Curve
 from kit.sim.trace import step
@@ -65,7 +64,7 @@ def block_copy_resident_pages_between(
             return
     cause = TOOLS_CAUSE[context.cause]
     first, ends = cuts(mask, prefetched)
-    counts = list(map(sub, positions(ends), positions(first)))
+    counts = lengths(first, ends)
     if dest == GPU:
         curve, channel, actor = gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD"
     else:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import sub
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "bools", "cuts", "first_page", "from_bools", "from_pages", "pages_of", "positions", "region", "run_count", "run_of",
-    "runs", "selection",
+    "bools", "cuts", "first_page", "from_bools", "from_pages", "lengths", "pages_of", "positions", "region",
+    "run_count", "run_of", "runs", "selection",
 ]  # fmt: skip
 
 FEW = 6  # pages up to which a loop is faster than arrays
@@ -69,17 +70,33 @@ def cuts(mask: int, apart: int) -> tuple[int, int]:
     return inside & ~(inside << 1) | outside & ~(outside << 1), ~inside & inside << 1 | ~outside & outside << 1
 
 
+def lengths(first: int, ends: int) -> list[int]:
+    """Return the pages of each run, ascending, from first pages and ends (`cuts`)."""
+    if first.bit_count() <= FEW:
+        return list(map(sub, positions(ends), positions(first)))
+    width = ends.bit_length() + 7 & ~7
+    at = _set_bits(first | ends << width)
+    count = len(at) // 2
+    found: list[int] = (at[count:] - at[:count] - width).tolist()
+    return found
+
+
 def positions(mask: int) -> list[int]:
     """Return the page numbers of a mask, ascending."""
+    found: list[int] = []
     if mask.bit_count() > FEW:
-        raw = np.frombuffer(mask.to_bytes(mask.bit_length() + 7 >> 3, "little"), dtype=np.uint8)
-        return np.unpackbits(raw, bitorder="little").nonzero()[0].tolist()
-    found = []
+        found = _set_bits(mask).tolist()
+        return found
     while mask:
         low = mask & -mask
         found.append(low.bit_length() - 1)
         mask ^= low
     return found
+
+
+def _set_bits(mask: int) -> NDArray[np.int64]:
+    raw = np.frombuffer(mask.to_bytes(mask.bit_length() + 7 >> 3, "little"), dtype=np.uint8)
+    return np.unpackbits(raw, bitorder="little").nonzero()[0]
 
 
 def from_pages(pages: Sequence[int] | NDArray[np.integer]) -> int:
