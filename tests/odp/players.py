@@ -13,19 +13,9 @@ from drivers.mlx5.two_hosts import Side, World
 from numpy.typing import NDArray
 
 from kit.drivers.mlx5.adapter.qp import Qp
-from kit.drivers.mlx5.descriptors import HcaCaps, RecvWr, SendWr, Sge, Wc
-from kit.drivers.mlx5.enums import (
-    PAGE,
-    U64_MAX,
-    Access,
-    Era,
-    OdpGeneral,
-    OdpTransport,
-    QpType,
-    SendFlags,
-    WcStatus,
-    WrOpcode,
-)
+from kit.drivers.mlx5.caps import HcaCaps, OdpGeneral, OdpTransport
+from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge, Wc
+from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era, QpType, SendFlags, WcStatus, WrOpcode
 from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH_WRITE
 from kit.drivers.mlx5.verbs import (
     advise_mr,

@@ -20,8 +20,9 @@ from odp.checks import Checks, need
 from kit.drivers.mlx5.adapter.fabric import Fabric
 from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
 from kit.drivers.mlx5.adapter.qp import Qp
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.costs import make_costs
-from kit.drivers.mlx5.descriptors import HcaCaps, RecvWr, SendWr, Sge
+from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, AccessMode, Era, QpType, WcStatus, WrOpcode
 from kit.drivers.mlx5.mr.mkey_cache import mlx5r_cache_create_ent_locked, warm_cache

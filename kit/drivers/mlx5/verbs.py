@@ -15,7 +15,8 @@ import numpy as np
 
 from kit.drivers.mlx5.adapter.qp import ATOMICS, Cq, Qp, RecvWqe, SendWqe, Srq
 from kit.drivers.mlx5.adapter.requester import kick
-from kit.drivers.mlx5.descriptors import OdpCaps, RecvWr, SendWr, Sge, Wc
+from kit.drivers.mlx5.caps import OdpCaps
+from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge, Wc
 from kit.drivers.mlx5.enums import Era, QpState, SendFlags, WcStatus, WrOpcode
 from kit.drivers.mlx5.objects import IbPd
 from kit.errors import Errno

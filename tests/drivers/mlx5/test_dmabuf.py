@@ -13,7 +13,8 @@ from drivers.mlx5.two_hosts import Side, World
 
 from kit.drivers.dma_buf_exporter import GTT, VRAM
 from kit.drivers.mlx5 import verbs
-from kit.drivers.mlx5.descriptors import HcaCaps, SendWr, Sge
+from kit.drivers.mlx5.caps import HcaCaps
+from kit.drivers.mlx5.descriptors import SendWr, Sge
 from kit.drivers.mlx5.enums import PAGE, Access, Era, WcOpcode, WcStatus, WrOpcode
 from kit.drivers.mlx5.mr.restrack import fill_stat_mr_entry
 from kit.drivers.mlx5.objects import Mlx5IbMr

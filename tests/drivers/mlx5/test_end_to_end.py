@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from drivers.mlx5.two_hosts import RIGHTS, World
 
-from kit.drivers.mlx5.descriptors import HcaCaps, RecvWr
+from kit.drivers.mlx5.caps import HcaCaps
+from kit.drivers.mlx5.descriptors import RecvWr
 from kit.drivers.mlx5.device import OdpOptions
 from kit.drivers.mlx5.enums import PAGE, Access, Era, QpState, QpType, SendFlags, WcStatus, WrOpcode
 from kit.drivers.mlx5.verbs import connect, create_cq, create_srq, dereg_mr, post_srq_recv, wait_cq

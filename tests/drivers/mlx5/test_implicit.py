@@ -7,7 +7,7 @@ import pytest
 from drivers.mlx5.odp_rig import GIB, ODP, Rig, failed, steps
 
 from kit.drivers.mlx5.adapter.mkey import Verdict
-from kit.drivers.mlx5.descriptors import HcaCaps
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Era
 
 ERAS = [Era.MID, Era.NEW]

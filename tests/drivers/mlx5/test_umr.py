@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import GIB, ODP, Rig, failed, steps
 
-from kit.drivers.mlx5.descriptors import HcaCaps
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.device import UMR_ACTIVE, UMR_ERR
 from kit.drivers.mlx5.enums import PAGE, Era, MkeyMask, QpState, UmrFlags
 from kit.drivers.mlx5.mr.umr import MLX5_MAX_UMR_CHUNK, MLX5_SPARE_UMR_CHUNK, mlx5r_umr_update_xlt

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from kit.drivers.mlx5.adapter.fabric import Fabric
 from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
 from kit.drivers.mlx5.adapter.qp import Qp, Srq
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.costs import COSTS, make_costs
-from kit.drivers.mlx5.descriptors import HcaCaps, RecvWr, SendWr, Sge, Wc
+from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge, Wc
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era, QpType, WrOpcode
 from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init, warm_cache

@@ -12,10 +12,11 @@ import simpy
 from kit.drivers.mlx5.adapter.mkey import MkeyTable, Translation
 from kit.drivers.mlx5.adapter.qp import Qp, Srq, srq_image
 from kit.drivers.mlx5.adapter.umr_engine import apply_umr, umr_refused
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.core.cmd import mlx5_cmd_exec
 from kit.drivers.mlx5.core.dma import DmaDevice
 from kit.drivers.mlx5.core.waiting import Semaphore
-from kit.drivers.mlx5.descriptors import HcaCaps, Mkc, PageFaultEqe, UmrWqe, WqeImage
+from kit.drivers.mlx5.descriptors import Mkc, PageFaultEqe, UmrWqe, WqeImage
 from kit.drivers.mlx5.enums import AccessMode, PageFaultSubtype, QpState, WcStatus
 from kit.drivers.mlx5.parameters import HcaCounters, HcaParameters
 from kit.errors import Errno

@@ -8,20 +8,12 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.drivers.mlx5.caps import OdpGeneral
 from kit.drivers.mlx5.core.cmd import mlx5_core_create_mkey
 from kit.drivers.mlx5.core.linux import xa_init, xa_store
 from kit.drivers.mlx5.descriptors import Mkc
 from kit.drivers.mlx5.device import mlx5r_umr_can_load_pas
-from kit.drivers.mlx5.enums import (
-    MTT_PRESENT,
-    PAGE,
-    U64_MAX,
-    Access,
-    AccessMode,
-    Era,
-    OdpGeneral,
-    base_mkey,
-)
+from kit.drivers.mlx5.enums import MTT_PRESENT, PAGE, U64_MAX, Access, AccessMode, Era, base_mkey
 from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.mr.mkey_cache import (
     get_unchangeable_access_flags,
