@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
-from kit.drivers.mlx5.adapter.mkey import Need, Translation, Verdict
+from kit.drivers.mlx5.adapter.mkey import Need
+from kit.drivers.mlx5.adapter.mkey_table import Translation, Verdict
 from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.costs import COSTS, make_costs
 from kit.drivers.mlx5.descriptors import PageFaultEqe

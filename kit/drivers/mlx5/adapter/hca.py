@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import simpy
 
-from kit.drivers.mlx5.adapter.mkey import MkeyTable, Translation
+from kit.drivers.mlx5.adapter.mkey_table import MkeyTable, Translation
 from kit.drivers.mlx5.adapter.qp import Qp, Srq, srq_image
 from kit.drivers.mlx5.adapter.umr_engine import apply_umr, umr_refused
 from kit.drivers.mlx5.caps import HcaCaps
