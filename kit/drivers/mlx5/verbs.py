@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from kit.drivers.mlx5.adapter.qp import ATOMICS, Cq, Qp, RecvWqe, SendWqe, Srq
+from kit.drivers.mlx5.adapter.qp import ATOMICS, Qp
+from kit.drivers.mlx5.adapter.queues import Cq, RecvWqe, SendWqe, Srq
 from kit.drivers.mlx5.adapter.requester import kick
 from kit.drivers.mlx5.caps import OdpCaps
 from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge, Wc

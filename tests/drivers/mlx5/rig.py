@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from kit.drivers.mlx5.adapter.fabric import Fabric
 from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
 from kit.drivers.mlx5.adapter.mkey import HwMkey
-from kit.drivers.mlx5.adapter.qp import Cq, Qp, Srq
+from kit.drivers.mlx5.adapter.qp import Qp
+from kit.drivers.mlx5.adapter.queues import Cq, Srq
 from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.core.eq import (
     EqParam,

@@ -7,7 +7,8 @@ import pytest
 from drivers.mlx5.rig import PD, Pair, noise
 
 from kit.drivers.mlx5.adapter.hca import HcaParameters
-from kit.drivers.mlx5.adapter.qp import RNR_TIMER, Srq
+from kit.drivers.mlx5.adapter.qp import RNR_TIMER
+from kit.drivers.mlx5.adapter.queues import Srq
 from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge
 from kit.drivers.mlx5.enums import (  # fmt: skip
     PAGE,

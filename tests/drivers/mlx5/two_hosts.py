@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from kit.drivers.mlx5.adapter.fabric import Fabric
 from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
-from kit.drivers.mlx5.adapter.qp import Qp, Srq
+from kit.drivers.mlx5.adapter.qp import Qp
+from kit.drivers.mlx5.adapter.queues import Srq
 from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.costs import COSTS, make_costs
 from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge, Wc

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import simpy
 
 from kit.drivers.mlx5.adapter.mkey_table import MkeyTable, Translation
-from kit.drivers.mlx5.adapter.qp import Qp, Srq, srq_image
+from kit.drivers.mlx5.adapter.qp import Qp, srq_image
+from kit.drivers.mlx5.adapter.queues import Srq
 from kit.drivers.mlx5.adapter.umr_engine import apply_umr, umr_refused
 from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.core.cmd import mlx5_cmd_exec
