@@ -26,7 +26,7 @@ from kit.sim.engine import Lock
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.adapter.fabric import Fabric
-    from kit.drivers.mlx5.core.eq import Eq
+    from kit.drivers.mlx5.core.eq_ring import Eq
     from kit.memory.physical.pages import PhysicalMemory
     from kit.sim.engine import Engine, Thread, Wait
 
