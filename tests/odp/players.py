@@ -23,14 +23,11 @@ from kit.drivers.mlx5.verbs import (
     create_cq,
     create_qp,
     create_srq,
-    post_recv,
-    post_send,
-    post_srq_recv,
     query_device_ex,
     reg_mr,
     reg_mr_ex,
-    wait_cq,
 )
+from kit.drivers.mlx5.verbs_post import post_recv, post_send, post_srq_recv, wait_cq
 from kit.memory.faults.access import read_bytes, write_bytes
 from kit.memory.syscalls.madvise import madvise
 from kit.memory.syscalls.mmap import mmap

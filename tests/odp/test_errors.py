@@ -28,7 +28,8 @@ from kit.drivers.mlx5.odp.advise import (
     PREFETCH_WRITE,
     ib_uverbs_advise_mr,
 )
-from kit.drivers.mlx5.verbs import alloc_pd, connect, create_cq, create_qp, post_send, reg_mr
+from kit.drivers.mlx5.verbs import alloc_pd, connect, create_cq, create_qp, reg_mr
+from kit.drivers.mlx5.verbs_post import post_send
 from kit.memory.reclaim.memory_failure import memory_failure
 from kit.memory.syscalls.mprotect import mprotect
 from kit.memory.types import PROT_NONE, PROT_READ

@@ -20,7 +20,8 @@ from kit.drivers.mlx5.descriptors import Mkc, RecvWr, Sge, UmrWqe
 from kit.drivers.mlx5.enums import KLM, PAGE, Access, AccessMode, Era, MkeyMask, QpType, WcStatus, WrOpcode, base_mkey
 from kit.drivers.mlx5.objects import MKEY_INDIRECT_DEVX, Mlx5IbMkey
 from kit.drivers.mlx5.odp.advise import PREFETCH, PREFETCH_NO_FAULT, PREFETCH_WRITE
-from kit.drivers.mlx5.verbs import Dmah, create_srq, post_recv, reg_mr_ex
+from kit.drivers.mlx5.verbs import Dmah, create_srq, reg_mr_ex
+from kit.drivers.mlx5.verbs_post import post_recv
 
 ERAS = (Era.MID, Era.NEW)
 ADVICE = (PREFETCH, PREFETCH_WRITE)

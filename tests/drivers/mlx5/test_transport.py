@@ -22,7 +22,8 @@ from kit.drivers.mlx5.enums import (  # fmt: skip
     WcStatus,
     WrOpcode,
 )
-from kit.drivers.mlx5.verbs import modify_qp, poll_cq, post_recv, post_send, post_srq_recv, wait_cq
+from kit.drivers.mlx5.verbs import modify_qp
+from kit.drivers.mlx5.verbs_post import poll_cq, post_recv, post_send, post_srq_recv, wait_cq
 
 
 def sge(region, offset=0, length=None):
