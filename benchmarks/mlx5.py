@@ -98,7 +98,7 @@ class Pair:
         """RDMA WRITE, and wait until it is done."""
         from kit.drivers.mlx5.descriptors import SendWr
         from kit.drivers.mlx5.enums import WrOpcode
-        from kit.drivers.mlx5.verbs import post_send, wait_cq
+        from kit.drivers.mlx5.verbs_post import post_send, wait_cq
 
         thread = self.client.thread
         wr = SendWr(0, WrOpcode.RDMA_WRITE, (local,), remote_addr=remote, rkey=rkey)

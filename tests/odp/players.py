@@ -13,19 +13,9 @@ from drivers.mlx5.two_hosts import Side, World
 from numpy.typing import NDArray
 
 from kit.drivers.mlx5.adapter.qp import Qp
-from kit.drivers.mlx5.descriptors import HcaCaps, RecvWr, SendWr, Sge, Wc
-from kit.drivers.mlx5.enums import (
-    PAGE,
-    U64_MAX,
-    Access,
-    Era,
-    OdpGeneral,
-    OdpTransport,
-    QpType,
-    SendFlags,
-    WcStatus,
-    WrOpcode,
-)
+from kit.drivers.mlx5.caps import HcaCaps, OdpGeneral, OdpTransport
+from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge, Wc
+from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era, QpType, SendFlags, WcStatus, WrOpcode
 from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH_WRITE
 from kit.drivers.mlx5.verbs import (
     advise_mr,
@@ -33,14 +23,11 @@ from kit.drivers.mlx5.verbs import (
     create_cq,
     create_qp,
     create_srq,
-    post_recv,
-    post_send,
-    post_srq_recv,
     query_device_ex,
     reg_mr,
     reg_mr_ex,
-    wait_cq,
 )
+from kit.drivers.mlx5.verbs_post import post_recv, post_send, post_srq_recv, wait_cq
 from kit.memory.faults.access import read_bytes, write_bytes
 from kit.memory.syscalls.madvise import madvise
 from kit.memory.syscalls.mmap import mmap

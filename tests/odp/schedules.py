@@ -20,26 +20,16 @@ from odp.checks import Checks, need
 from kit.drivers.mlx5.adapter.fabric import Fabric
 from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
 from kit.drivers.mlx5.adapter.qp import Qp
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.costs import make_costs
-from kit.drivers.mlx5.descriptors import HcaCaps, RecvWr, SendWr, Sge
+from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, AccessMode, Era, QpType, WcStatus, WrOpcode
 from kit.drivers.mlx5.mr.mkey_cache import mlx5r_cache_create_ent_locked, warm_cache
 from kit.drivers.mlx5.objects import IbPd, Mlx5IbMr, RbKey
 from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH_NO_FAULT, PREFETCH_WRITE
-from kit.drivers.mlx5.verbs import (
-    advise_mr,
-    connect,
-    create_cq,
-    create_qp,
-    dereg_mr,
-    destroy_qp,
-    open_device,
-    post_recv,
-    post_send,
-    reg_mr,
-    wait_cq,
-)
+from kit.drivers.mlx5.verbs import advise_mr, connect, create_cq, create_qp, dereg_mr, destroy_qp, open_device, reg_mr
+from kit.drivers.mlx5.verbs_post import post_recv, post_send, wait_cq
 from kit.errors import DriverError
 from kit.memory.costs import COSTS as MM_COSTS
 from kit.memory.costs import make_costs as make_mm_costs

@@ -16,7 +16,7 @@ from drivers.mlx5.two_hosts import World
 from odp.checks import need, refused_steps
 
 from kit.drivers.dma_buf_exporter import GTT, VRAM
-from kit.drivers.mlx5 import verbs
+from kit.drivers.mlx5 import verbs, verbs_post
 from kit.drivers.mlx5.descriptors import SendWr, Sge
 from kit.drivers.mlx5.device import OdpOptions
 from kit.drivers.mlx5.enums import PAGE, Era, WcStatus, WrOpcode
@@ -94,8 +94,8 @@ class Schedule:
             )
             opcode = WrOpcode.RDMA_READ if read else WrOpcode.RDMA_WRITE
             wr = SendWr(0, opcode, (world.client.sge(offset, length),), remote_addr=IOVA + offset, rkey=self.mr.rkey)
-            need((yield from verbs.post_send(qp, thread, wr)) == 0, "post_send failed")
-            wc = (yield from verbs.wait_cq(qp.send_cq, thread))[0]
+            need((yield from verbs_post.post_send(qp, thread, wr)) == 0, "post_send failed")
+            wc = (yield from verbs_post.wait_cq(qp.send_cq, thread))[0]
             need(wc.status == WcStatus.SUCCESS, f"a message failed: {wc.status.name}")
             if read:
                 came = memory[pfns].view(np.uint8).reshape(-1)[offset : offset + length]

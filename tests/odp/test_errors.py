@@ -14,7 +14,8 @@ import pytest
 from drivers.mlx5.odp_rig import ODP, PINNED, Rig, failed
 from drivers.mlx5.two_hosts import RIGHTS, World
 
-from kit.drivers.mlx5.descriptors import HcaCaps, Sge
+from kit.drivers.mlx5.caps import HcaCaps
+from kit.drivers.mlx5.descriptors import Sge
 from kit.drivers.mlx5.device import UMR_ERR
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era, QpState, WcStatus, WrOpcode
 from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init, warm_cache
@@ -27,7 +28,8 @@ from kit.drivers.mlx5.odp.advise import (
     PREFETCH_WRITE,
     ib_uverbs_advise_mr,
 )
-from kit.drivers.mlx5.verbs import alloc_pd, connect, create_cq, create_qp, post_send, reg_mr
+from kit.drivers.mlx5.verbs import alloc_pd, connect, create_cq, create_qp, reg_mr
+from kit.drivers.mlx5.verbs_post import post_send
 from kit.memory.reclaim.memory_failure import memory_failure
 from kit.memory.syscalls.mprotect import mprotect
 from kit.memory.types import PROT_NONE, PROT_READ

@@ -14,24 +14,14 @@ import numpy as np
 import pytest
 from odp.players import GRH_SIZE, HUGE_PAGE_SIZE, ITERS, MSG_SIZE, ODP, Player, Players
 
+from kit.drivers.mlx5.caps import OdpTransport
 from kit.drivers.mlx5.core.cmd import mlx5_core_create_mkey
 from kit.drivers.mlx5.descriptors import Mkc, RecvWr, Sge, UmrWqe
-from kit.drivers.mlx5.enums import (
-    KLM,
-    PAGE,
-    Access,
-    AccessMode,
-    Era,
-    MkeyMask,
-    OdpTransport,
-    QpType,
-    WcStatus,
-    WrOpcode,
-    base_mkey,
-)
+from kit.drivers.mlx5.enums import KLM, PAGE, Access, AccessMode, Era, MkeyMask, QpType, WcStatus, WrOpcode, base_mkey
 from kit.drivers.mlx5.objects import MKEY_INDIRECT_DEVX, Mlx5IbMkey
 from kit.drivers.mlx5.odp.advise import PREFETCH, PREFETCH_NO_FAULT, PREFETCH_WRITE
-from kit.drivers.mlx5.verbs import Dmah, create_srq, post_recv, reg_mr_ex
+from kit.drivers.mlx5.verbs import Dmah, create_srq, reg_mr_ex
+from kit.drivers.mlx5.verbs_post import post_recv
 
 ERAS = (Era.MID, Era.NEW)
 ADVICE = (PREFETCH, PREFETCH_WRITE)

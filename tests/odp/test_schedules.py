@@ -16,8 +16,10 @@ from odp.checks import Broken
 from odp.schedules import FIXES, UPSTREAM, Schedule
 from seeds import Seeds
 
-from kit.drivers.mlx5.adapter.mkey import NOTHING, Need, Translation, Verdict
-from kit.drivers.mlx5.descriptors import HcaCaps, Sge
+from kit.drivers.mlx5.adapter.mkey import Need
+from kit.drivers.mlx5.adapter.mkey_table import NOTHING, Translation, Verdict
+from kit.drivers.mlx5.caps import HcaCaps
+from kit.drivers.mlx5.descriptors import Sge
 from kit.drivers.mlx5.enums import PAGE, Era
 from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.odp import invalidate as odp_invalidate

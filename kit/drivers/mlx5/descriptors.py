@@ -8,36 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.mlx5.enums import (
-    ALL_TRANSPORT,
-    INVALID_LKEY,
-    NO_GENERAL,
-    NO_TRANSPORT,
-    PAGE_SHIFT,
-    Access,
-    AccessMode,
-    EqeType,
-    OdpGeneral,
-    OdpTransport,
-    SendFlags,
-    WcOpcode,
-    WcStatus,
-    WrOpcode,
-)
+from kit.drivers.mlx5.enums import PAGE_SHIFT, Access, AccessMode, EqeType, SendFlags, WcOpcode, WcStatus, WrOpcode
 
-__all__ = [
-    "HcaCaps",
-    "Mkc",
-    "OdpCaps",
-    "PageFaultEqe",
-    "RecvWr",
-    "Seg",
-    "SendWr",
-    "Sge",
-    "UmrWqe",
-    "Wc",
-    "WqeImage",
-]
+__all__ = ["Mkc", "PageFaultEqe", "RecvWr", "Seg", "SendWr", "Sge", "UmrWqe", "Wc", "WqeImage"]
 
 
 # Plain integers: set_access runs for every UMR request, and operators of flags are slow.
@@ -268,46 +241,3 @@ class PageFaultEqe:
     va: int = 0
     type: int = EqeType.PAGE_FAULT
     time: float = 0.0  # when the hardware wrote it, microseconds
-
-
-@dataclass
-class OdpCaps:
-    """Struct ib_odp_caps: what query_device_ex reports."""
-
-    general_caps: OdpGeneral = NO_GENERAL
-    rc_odp_caps: OdpTransport = NO_TRANSPORT
-    ud_odp_caps: OdpTransport = NO_TRANSPORT
-    xrc_odp_caps: OdpTransport = NO_TRANSPORT
-    dc_odp_caps: OdpTransport = NO_TRANSPORT
-
-
-@dataclass
-class HcaCaps:
-    """Device capabilities that the driver asks for (MLX5_CAP_GEN, MLX5_CAP_ODP), by their firmware names.
-
-    The defaults are those of a ConnectX-5 or later with current firmware: every capability that implicit
-    ODP needs. Per-transport bits are what the firmware offers; the driver derives `OdpCaps` from them.
-    """
-
-    pg: bool = True
-    atomic: bool = True
-    fixed_buffer_size: bool = True
-    null_mkey: bool = True
-    umr_extended_translation_offset: bool = True
-    umr_modify_entity_size_disabled: bool = False
-    umr_modify_atomic_disabled: bool = False
-    umr_indirect_mkey_disabled: bool = False
-    umr_log_entity_size_5: bool = True
-    relaxed_ordering_write: bool = True
-    relaxed_ordering_read: bool = True
-    relaxed_ordering_write_umr: bool = True
-    relaxed_ordering_read_umr: bool = True
-    mem_page_fault: bool = False
-    page_prefetch: bool = False  # memory_page_fault_scheme_cap.page_prefetch
-    max_indirection: int = 4
-    log_max_klm_list_size: int = 16
-    terminate_scatter_list_mkey: int = INVALID_LKEY
-    rc_odp: OdpTransport = ALL_TRANSPORT
-    ud_odp: OdpTransport = OdpTransport.SEND
-    xrc_odp: OdpTransport = ALL_TRANSPORT
-    dc_odp: OdpTransport = ALL_TRANSPORT

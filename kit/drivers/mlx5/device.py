@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kit.drivers.mlx5.caps import NO_GENERAL, HcaCaps, OdpCaps, OdpGeneral, OdpTransport
 from kit.drivers.mlx5.core.waiting import Semaphore, WaitQueue, Workqueue
-from kit.drivers.mlx5.descriptors import HcaCaps, OdpCaps
-from kit.drivers.mlx5.enums import NO_GENERAL, PAGE_SHIFT, U64_MAX, Era, OdpGeneral, OdpTransport
+from kit.drivers.mlx5.enums import PAGE_SHIFT, U64_MAX, Era
 from kit.drivers.mlx5.inject import Injection
 from kit.drivers.mlx5.objects import IbPd, Mlx5IbMkey
 from kit.sim.costs import Costs

@@ -10,15 +10,12 @@ from enum import IntEnum, IntFlag
 import numpy as np
 
 __all__ = [
-    "ALL_TRANSPORT",
     "EQ_SPARE",
     "INVALID_LKEY",
     "KLM",
     "MTT_PRESENT",
     "MTT_READ",
     "MTT_WRITE",
-    "NO_GENERAL",
-    "NO_TRANSPORT",
     "PAGE",
     "PAGE_SHIFT",
     "U64_MAX",
@@ -28,8 +25,6 @@ __all__ = [
     "EqeType",
     "Era",
     "MkeyMask",
-    "OdpGeneral",
-    "OdpTransport",
     "PageFaultSubtype",
     "PageFaultType",
     "PageRequest",
@@ -200,31 +195,6 @@ class PageRequest(IntEnum):
     REQ_SEND_OR_WRITE = 1
     RESP = 2
     REQ_READ_OR_ATOMIC = 3
-
-
-class OdpGeneral(IntFlag):
-    """Enum ibv_odp_general_caps."""
-
-    SUPPORT = 1
-    IMPLICIT = 2
-
-
-class OdpTransport(IntFlag):
-    """Enum ibv_odp_transport_cap_bits."""
-
-    SEND = 1 << 0
-    RECV = 1 << 1
-    WRITE = 1 << 2
-    READ = 1 << 3
-    ATOMIC = 1 << 4
-    SRQ_RECV = 1 << 5
-    FLUSH = 1 << 6
-    ATOMIC_WRITE = 1 << 7
-
-
-NO_GENERAL = OdpGeneral(0)
-NO_TRANSPORT = OdpTransport(0)
-ALL_TRANSPORT = OdpTransport(0xFF)
 
 
 class AccessMode(IntEnum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kit.drivers.mlx5 import verbs
+from kit.drivers.mlx5 import verbs, verbs_post
 from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge
 from kit.drivers.mlx5.enums import QpState, QpType
 from kit.sim.trace import step, waiting_step
@@ -173,14 +173,14 @@ def ibv_modify_qp(ctx: Pingpong, thread: Thread, state: QpState, **attributes: i
 @waiting_step
 def ibv_post_recv(ctx: Pingpong, thread: Thread, request: RecvWr) -> Wait:
     """Post one receive."""
-    return (yield from verbs.post_recv(ctx.qp, thread, request))
+    return (yield from verbs_post.post_recv(ctx.qp, thread, request))
 
 
 @waiting_step
 def ibv_post_send(ctx: Pingpong, thread: Thread, request: SendWr) -> Wait:
     """Post the send."""
     thread.note(bytes=ctx.options.size)
-    return (yield from verbs.post_send(ctx.qp, thread, request))
+    return (yield from verbs_post.post_send(ctx.qp, thread, request))
 
 
 @waiting_step
@@ -190,8 +190,8 @@ def ibv_poll_cq(ctx: Pingpong, thread: Thread, count: int) -> Wait:
     The program calls ibv_poll_cq over and over; here one step stands for the calls that found nothing and the one
     that did.
     """
-    first = yield from verbs.wait_cq(ctx.cq, thread, 1, ctx.host.dev.costs.cqe)
-    more = yield from verbs.poll_cq(ctx.cq, thread, count - 1)
+    first = yield from verbs_post.wait_cq(ctx.cq, thread, 1, ctx.host.dev.costs.cqe)
+    more = yield from verbs_post.poll_cq(ctx.cq, thread, count - 1)
     return [*first, *more]
 
 

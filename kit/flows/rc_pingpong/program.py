@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kit.drivers.mlx5.caps import OdpGeneral, OdpTransport
 from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge, Wc
-from kit.drivers.mlx5.enums import U64_MAX, Access, OdpGeneral, OdpTransport, QpState, SendFlags, WcStatus, WrOpcode
+from kit.drivers.mlx5.enums import U64_MAX, Access, QpState, SendFlags, WcStatus, WrOpcode
 from kit.errors import DriverError, Errno, raise_for
 from kit.flows.rc_pingpong.libibverbs import (
     Pingpong,

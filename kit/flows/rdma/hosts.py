@@ -9,7 +9,8 @@ from kit.drivers.mlx5 import costs as mlx5_costs
 from kit.drivers.mlx5 import verbs
 from kit.drivers.mlx5.adapter.fabric import Fabric
 from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
-from kit.drivers.mlx5.adapter.qp import Cq, Qp
+from kit.drivers.mlx5.adapter.qp import Qp
+from kit.drivers.mlx5.adapter.queues import Cq
 from kit.drivers.mlx5.descriptors import Mkc
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
 from kit.drivers.mlx5.enums import Era, QpType

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simpy
 
-from kit.drivers.mlx5 import verbs
+from kit.drivers.mlx5 import verbs, verbs_post
 from kit.drivers.mlx5.adapter.payload import gather, scatter
 from kit.drivers.mlx5.descriptors import SendWr, Sge
 from kit.drivers.mlx5.enums import Access, WcStatus, WrOpcode
@@ -132,8 +132,8 @@ class Traffic:
                 wr = SendWr(number, opcode, (sge,), remote_addr=transfer.address, rkey=mr.rkey)
                 yield from thread.sync()
                 under_way[number] = transfer, slot, thread.now, data
-                raise_for((yield from verbs.post_send(qp, thread, wr)))
-            for wc in (yield from verbs.wait_cq(cq, thread, 1, costs.cqe)):
+                raise_for((yield from verbs_post.post_send(qp, thread, wr)))
+            for wc in (yield from verbs_post.wait_cq(cq, thread, 1, costs.cqe)):
                 transfer, slot, start, data = under_way.pop(wc.wr_id)
                 lane.free.append(slot)
                 self._completed(lane, thread, wc, transfer, slot, start, data)

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
-from kit.drivers.mlx5.adapter.mkey import Need, Translation, Verdict
+from kit.drivers.mlx5.adapter.mkey import Need
+from kit.drivers.mlx5.adapter.mkey_table import Translation, Verdict
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.costs import COSTS, make_costs
-from kit.drivers.mlx5.descriptors import HcaCaps, PageFaultEqe
+from kit.drivers.mlx5.descriptors import PageFaultEqe
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era, PageFaultSubtype
 from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from kit.drivers.mlx5.adapter.fabric import Fabric
 from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
 from kit.drivers.mlx5.adapter.mkey import HwMkey
-from kit.drivers.mlx5.adapter.qp import Cq, Qp, Srq
+from kit.drivers.mlx5.adapter.qp import Qp
+from kit.drivers.mlx5.adapter.queues import Cq, Srq
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.core.eq import (
     EqParam,
     mlx5_eq_create_generic,
@@ -22,7 +24,7 @@ from kit.drivers.mlx5.core.eq import (
     mlx5_eq_update_ci,
 )
 from kit.drivers.mlx5.costs import COSTS, make_costs
-from kit.drivers.mlx5.descriptors import HcaCaps, Mkc, PageFaultEqe
+from kit.drivers.mlx5.descriptors import Mkc, PageFaultEqe
 from kit.drivers.mlx5.enums import MTT_PRESENT, PAGE, Access, Era, PageFaultSubtype, QpType
 from kit.drivers.mlx5.verbs import connect
 from kit.memory.physical.pages import PhysicalMemory

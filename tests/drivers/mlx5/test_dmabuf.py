@@ -12,8 +12,9 @@ from drivers.mlx5.rig import noise
 from drivers.mlx5.two_hosts import Side, World
 
 from kit.drivers.dma_buf_exporter import GTT, VRAM
-from kit.drivers.mlx5 import verbs
-from kit.drivers.mlx5.descriptors import HcaCaps, SendWr, Sge
+from kit.drivers.mlx5 import verbs, verbs_post
+from kit.drivers.mlx5.caps import HcaCaps
+from kit.drivers.mlx5.descriptors import SendWr, Sge
 from kit.drivers.mlx5.enums import PAGE, Access, Era, WcOpcode, WcStatus, WrOpcode
 from kit.drivers.mlx5.mr.restrack import fill_stat_mr_entry
 from kit.drivers.mlx5.objects import Mlx5IbMr
@@ -394,6 +395,6 @@ def test_the_requesters_own_memory_may_be_a_dma_buf() -> None:
     assert side.do(gpu.validate(GTT)) == 0
     wr = SendWr(0, WrOpcode.RDMA_WRITE, (Sge(IOVA, 16 * PAGE, mr.lkey),), remote_addr=world.server.buf,
                 rkey=world.server.mr.rkey)  # fmt: skip
-    assert side.do(verbs.post_send(qp, side.thread, wr)) == 0
+    assert side.do(verbs_post.post_send(qp, side.thread, wr)) == 0
     assert side.wait(qp)[0].status == WcStatus.SUCCESS and (world.server.read() == data).all()
     assert mr.odp_stats.faults == 16

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from drivers.mlx5.two_hosts import RIGHTS, World
 
-from kit.drivers.mlx5.descriptors import HcaCaps, RecvWr
+from kit.drivers.mlx5.caps import HcaCaps
+from kit.drivers.mlx5.descriptors import RecvWr
 from kit.drivers.mlx5.device import OdpOptions
 from kit.drivers.mlx5.enums import PAGE, Access, Era, QpState, QpType, SendFlags, WcStatus, WrOpcode
-from kit.drivers.mlx5.verbs import connect, create_cq, create_srq, dereg_mr, post_srq_recv, wait_cq
+from kit.drivers.mlx5.verbs import connect, create_cq, create_srq, dereg_mr
+from kit.drivers.mlx5.verbs_post import post_srq_recv, wait_cq
 from kit.memory.syscalls.madvise import madvise
 from kit.memory.syscalls.mmap import mmap
 from kit.memory.types import MADV_DONTNEED, MADV_PAGEOUT, MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_READ, PROT_WRITE

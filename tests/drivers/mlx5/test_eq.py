@@ -26,7 +26,7 @@ from kit.drivers.mlx5.core.eq import (
 )  # fmt: skip
 from kit.drivers.mlx5.descriptors import Mkc, PageFaultEqe, SendWr, Sge
 from kit.drivers.mlx5.enums import KLM, PAGE, AccessMode, PageFaultSubtype, WcStatus, WrOpcode
-from kit.drivers.mlx5.verbs import post_send, wait_cq
+from kit.drivers.mlx5.verbs_post import post_send, wait_cq
 from kit.errors import Errno
 
 

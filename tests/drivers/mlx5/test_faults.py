@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import ODP, PINNED, Rig, steps
 
-from kit.drivers.mlx5.adapter.mkey import Need, Verdict
-from kit.drivers.mlx5.adapter.qp import Cq, Qp, Srq
+from kit.drivers.mlx5.adapter.mkey import Need
+from kit.drivers.mlx5.adapter.mkey_table import Verdict
+from kit.drivers.mlx5.adapter.qp import Qp
+from kit.drivers.mlx5.adapter.queues import Cq, Srq
 from kit.drivers.mlx5.descriptors import Mkc, PageFaultEqe, Seg, WqeImage
 from kit.drivers.mlx5.enums import KLM, PAGE, Access, AccessMode, Era, PageFaultSubtype, QpType, WrOpcode
 from kit.drivers.mlx5.objects import MKEY_INDIRECT_DEVX, MKEY_MW, Mlx5IbMkey

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import GIB, ODP, Rig, failed, steps
 
-from kit.drivers.mlx5.adapter.mkey import Verdict
-from kit.drivers.mlx5.descriptors import HcaCaps
+from kit.drivers.mlx5.adapter.mkey_table import Verdict
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Era
 
 ERAS = [Era.MID, Era.NEW]

@@ -8,7 +8,7 @@ from drivers.mlx5.odp_rig import GIB, ODP, Rig, steps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kit.drivers.mlx5.adapter.mkey import Verdict
+from kit.drivers.mlx5.adapter.mkey_table import Verdict
 from kit.drivers.mlx5.enums import PAGE, Access, Era
 from kit.drivers.mlx5.mr.restrack import fill_stat_mr_entry
 from kit.drivers.mlx5.odp.invalidate import blocks_to_zap

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import GIB, ODP, Rig, failed, steps
 
-from kit.drivers.mlx5.adapter.mkey import Need, Verdict
+from kit.drivers.mlx5.adapter.mkey import Need
+from kit.drivers.mlx5.adapter.mkey_table import Verdict
 from kit.drivers.mlx5.core.waiting import DelayedWork, Semaphore, WaitQueue, Workqueue
 from kit.drivers.mlx5.costs import COSTS, make_costs
 from kit.drivers.mlx5.enums import PAGE, Access, Era

@@ -8,7 +8,8 @@ from drivers.mlx5.rig import ALL, PD, Pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.drivers.mlx5.adapter.mkey import MkeyTable, Need, Verdict
+from kit.drivers.mlx5.adapter.mkey import Need
+from kit.drivers.mlx5.adapter.mkey_table import MkeyTable, Verdict
 from kit.drivers.mlx5.core.dma import DmaDevice
 from kit.drivers.mlx5.descriptors import Mkc, UmrWqe
 from kit.drivers.mlx5.enums import (  # fmt: skip

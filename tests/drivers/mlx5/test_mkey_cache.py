@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from drivers.mlx5.odp_rig import ODP, Rig, failed
 
-from kit.drivers.mlx5.descriptors import HcaCaps
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.enums import PAGE, Access, AccessMode, Era
 from kit.drivers.mlx5.mr.mkey_cache import (
     NUM_MKEYS_PER_PAGE,

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import GIB, ODP, PINNED, Rig, failed, steps
 
-from kit.drivers.mlx5.adapter.mkey import Need, Verdict
-from kit.drivers.mlx5.descriptors import HcaCaps
+from kit.drivers.mlx5.adapter.mkey import Need
+from kit.drivers.mlx5.adapter.mkey_table import Verdict
+from kit.drivers.mlx5.caps import HcaCaps, OdpGeneral
 from kit.drivers.mlx5.device import imr_shape
-from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era, OdpGeneral
+from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era
 from kit.memory.types import MAP_ANONYMOUS, MAP_HUGETLB, MAP_PRIVATE, PROT_NONE, PROT_READ, PROT_WRITE
 
 ERAS = [Era.OLD, Era.MID, Era.NEW]

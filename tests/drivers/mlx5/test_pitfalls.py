@@ -11,7 +11,7 @@ from kit.drivers.mlx5.adapter.qp import RNR_TIMER, Qp
 from kit.drivers.mlx5.adapter.retries import timeout_of
 from kit.drivers.mlx5.descriptors import SendWr, Sge, Wc
 from kit.drivers.mlx5.enums import QpState, WcStatus, WrOpcode
-from kit.drivers.mlx5.verbs import post_send, wait_cq
+from kit.drivers.mlx5.verbs_post import post_send, wait_cq
 
 FAULT = 5000.0  # microseconds that a fault takes, so that it is not over when the RNR timer is
 DAMMED, FLOODED = HcaParameters(packet_damming=True), HcaParameters(packet_flood=True)

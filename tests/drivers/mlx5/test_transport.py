@@ -7,7 +7,8 @@ import pytest
 from drivers.mlx5.rig import PD, Pair, noise
 
 from kit.drivers.mlx5.adapter.hca import HcaParameters
-from kit.drivers.mlx5.adapter.qp import RNR_TIMER, Srq
+from kit.drivers.mlx5.adapter.qp import RNR_TIMER
+from kit.drivers.mlx5.adapter.queues import Srq
 from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge
 from kit.drivers.mlx5.enums import (  # fmt: skip
     PAGE,
@@ -21,7 +22,8 @@ from kit.drivers.mlx5.enums import (  # fmt: skip
     WcStatus,
     WrOpcode,
 )
-from kit.drivers.mlx5.verbs import modify_qp, poll_cq, post_recv, post_send, post_srq_recv, wait_cq
+from kit.drivers.mlx5.verbs import modify_qp
+from kit.drivers.mlx5.verbs_post import poll_cq, post_recv, post_send, post_srq_recv, wait_cq
 
 
 def sge(region, offset=0, length=None):

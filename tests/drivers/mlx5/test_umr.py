@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from drivers.mlx5.odp_rig import GIB, ODP, Rig, failed, steps
 
-from kit.drivers.mlx5.descriptors import HcaCaps
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.device import UMR_ACTIVE, UMR_ERR
 from kit.drivers.mlx5.enums import PAGE, Era, MkeyMask, QpState, UmrFlags
-from kit.drivers.mlx5.mr.umr import MLX5_MAX_UMR_CHUNK, MLX5_SPARE_UMR_CHUNK, mlx5r_umr_update_xlt
+from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_xlt
 from kit.drivers.mlx5.mr.umr_post import mlx5r_umr_revoke_mr
+from kit.drivers.mlx5.mr.umr_xlt import MLX5_MAX_UMR_CHUNK, MLX5_SPARE_UMR_CHUNK
 from kit.drivers.mlx5.objects import UPD_XLT_ATOMIC, UPD_XLT_INDIRECT, UPD_XLT_ZAP
 
 ERAS = [Era.MID, Era.NEW]

@@ -9,24 +9,17 @@ from numpy.typing import NDArray
 
 from kit.drivers.mlx5.adapter.fabric import Fabric
 from kit.drivers.mlx5.adapter.hca import Hca, HcaParameters
-from kit.drivers.mlx5.adapter.qp import Qp, Srq
+from kit.drivers.mlx5.adapter.qp import Qp
+from kit.drivers.mlx5.adapter.queues import Srq
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.costs import COSTS, make_costs
-from kit.drivers.mlx5.descriptors import HcaCaps, RecvWr, SendWr, Sge, Wc
+from kit.drivers.mlx5.descriptors import RecvWr, SendWr, Sge, Wc
 from kit.drivers.mlx5.device import Mlx5IbDev, OdpOptions
 from kit.drivers.mlx5.enums import PAGE, U64_MAX, Access, Era, QpType, WrOpcode
 from kit.drivers.mlx5.mr.mkey_cache import mlx5_mkey_cache_init, warm_cache
 from kit.drivers.mlx5.objects import Mlx5IbMr
-from kit.drivers.mlx5.verbs import (
-    alloc_pd,
-    connect,
-    create_cq,
-    create_qp,
-    open_device,
-    post_recv,
-    post_send,
-    reg_mr,
-    wait_cq,
-)
+from kit.drivers.mlx5.verbs import alloc_pd, connect, create_cq, create_qp, open_device, reg_mr
+from kit.drivers.mlx5.verbs_post import post_recv, post_send, wait_cq
 from kit.memory.costs import COSTS as MM_COSTS
 from kit.memory.costs import make_costs as make_mm_costs
 from kit.memory.faults.access import read_bytes, write_bytes

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.drivers.mlx5.adapter.mkey import NOTHING, Need, Run, Translation, Verdict
+from kit.drivers.mlx5.adapter.mkey import Need
+from kit.drivers.mlx5.adapter.mkey_table import NOTHING, Run, Translation, Verdict
 from kit.drivers.mlx5.adapter.payload import gather, scatter
 from kit.drivers.mlx5.descriptors import Sge
 

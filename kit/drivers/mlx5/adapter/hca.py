@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import simpy
 
-from kit.drivers.mlx5.adapter.mkey import MkeyTable, Translation
-from kit.drivers.mlx5.adapter.qp import Qp, Srq, srq_image
+from kit.drivers.mlx5.adapter.mkey_table import MkeyTable, Translation
+from kit.drivers.mlx5.adapter.qp import Qp, srq_image
+from kit.drivers.mlx5.adapter.queues import Srq
 from kit.drivers.mlx5.adapter.umr_engine import apply_umr, umr_refused
+from kit.drivers.mlx5.caps import HcaCaps
 from kit.drivers.mlx5.core.cmd import mlx5_cmd_exec
 from kit.drivers.mlx5.core.dma import DmaDevice
 from kit.drivers.mlx5.core.waiting import Semaphore
-from kit.drivers.mlx5.descriptors import HcaCaps, Mkc, PageFaultEqe, UmrWqe, WqeImage
+from kit.drivers.mlx5.descriptors import Mkc, PageFaultEqe, UmrWqe, WqeImage
 from kit.drivers.mlx5.enums import AccessMode, PageFaultSubtype, QpState, WcStatus
 from kit.drivers.mlx5.parameters import HcaCounters, HcaParameters
 from kit.errors import Errno
@@ -24,7 +26,7 @@ from kit.sim.engine import Lock
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.adapter.fabric import Fabric
-    from kit.drivers.mlx5.core.eq import Eq
+    from kit.drivers.mlx5.core.eq_ring import Eq
     from kit.memory.physical.pages import PhysicalMemory
     from kit.sim.engine import Engine, Thread, Wait
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.drivers.mlx5.adapter.message import Message, transmit
-from kit.drivers.mlx5.adapter.mkey import Translation
+from kit.drivers.mlx5.adapter.mkey_table import Translation
 from kit.drivers.mlx5.adapter.qp import Qp, Responder
 from kit.drivers.mlx5.adapter.requester import acknowledge, answer, negative
 from kit.drivers.mlx5.adapter.retries import not_ready

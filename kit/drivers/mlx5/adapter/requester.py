@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from kit.drivers.mlx5.adapter.dataflow import read_list, write_list
 from kit.drivers.mlx5.adapter.message import Message, transmit
-from kit.drivers.mlx5.adapter.mkey import Translation, Verdict
-from kit.drivers.mlx5.adapter.qp import READS, Qp, SendWqe
+from kit.drivers.mlx5.adapter.mkey_table import Translation, Verdict
+from kit.drivers.mlx5.adapter.qp import READS, Qp
+from kit.drivers.mlx5.adapter.queues import SendWqe
 from kit.drivers.mlx5.descriptors import PageFaultEqe
 from kit.drivers.mlx5.enums import (
     PageFaultSubtype,

@@ -11,8 +11,10 @@ import numpy as np
 
 from kit.drivers.mlx5.adapter.dataflow import EMPTY, access, write_list
 from kit.drivers.mlx5.adapter.message import Message
-from kit.drivers.mlx5.adapter.mkey import Need, Verdict
-from kit.drivers.mlx5.adapter.qp import ATOMICS, Qp, RecvWqe, Responder, Srq
+from kit.drivers.mlx5.adapter.mkey import Need
+from kit.drivers.mlx5.adapter.mkey_table import Verdict
+from kit.drivers.mlx5.adapter.qp import ATOMICS, Qp, Responder
+from kit.drivers.mlx5.adapter.queues import RecvWqe, Srq
 from kit.drivers.mlx5.adapter.replies import ack, back, done, fault, nak, rdma_fault, reply, rnr
 from kit.drivers.mlx5.adapter.retries import sequence_error
 from kit.drivers.mlx5.descriptors import PageFaultEqe

@@ -6,7 +6,8 @@ The transport timer runs only for messages that nobody will answer: any other is
 from __future__ import annotations
 
 from kit.drivers.mlx5.adapter.message import Message, transmit
-from kit.drivers.mlx5.adapter.qp import READS, RNR_TIMER, Qp, SendWqe
+from kit.drivers.mlx5.adapter.qp import READS, RNR_TIMER, Qp
+from kit.drivers.mlx5.adapter.queues import SendWqe
 from kit.drivers.mlx5.adapter.requester import advance, kick, negative, rewind
 from kit.drivers.mlx5.enums import QpState, QpType, WcStatus
 

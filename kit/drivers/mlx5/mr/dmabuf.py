@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, cast
 
 from kit.drivers.mlx5.device import mlx5r_umr_can_load_pas
 from kit.drivers.mlx5.enums import PAGE, Access, Era
+from kit.drivers.mlx5.mr.alloc import alloc_cacheable_mr, page_sizes
 from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
-from kit.drivers.mlx5.mr.reg import alloc_cacheable_mr, ib_check_mr_access, mlx5r_store_odp_mkey, page_sizes
+from kit.drivers.mlx5.mr.reg import ib_check_mr_access, mlx5r_store_odp_mkey
 from kit.drivers.mlx5.mr.umr import mlx5r_umr_update_mr_pas
 from kit.drivers.mlx5.mr.umr_page_size import mlx5r_umr_dmabuf_update_pgsz
 from kit.drivers.mlx5.mr.umr_post import mlx5r_umr_resource_init

@@ -6,10 +6,11 @@ from bisect import bisect_left, insort
 from errno import EEXIST, ENOMEM
 from typing import TYPE_CHECKING
 
+from kit.drivers.mlx5.caps import OdpGeneral
 from kit.drivers.mlx5.core.waiting import DelayedWork, Workqueue
 from kit.drivers.mlx5.descriptors import Mkc
 from kit.drivers.mlx5.device import MLX5_MAX_UMR_SHIFT, mlx5r_umr_can_load_pas
-from kit.drivers.mlx5.enums import PAGE_SHIFT, Access, AccessMode, Era, OdpGeneral
+from kit.drivers.mlx5.enums import PAGE_SHIFT, Access, AccessMode, Era
 from kit.drivers.mlx5.objects import IbPd, RbKey
 from kit.errors import Errno
 from kit.sim.engine import Lock, Thread, Wait

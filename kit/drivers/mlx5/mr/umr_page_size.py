@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, cast
 
 from kit.drivers.mlx5.descriptors import Mkc, UmrWqe
 from kit.drivers.mlx5.enums import PAGE_SHIFT, UMR_ALIGNMENT, MkeyMask, UmrFlags, mkey_variant
-from kit.drivers.mlx5.mr.umr import MTT_SIZE, align, update_pas
+from kit.drivers.mlx5.mr.umr import update_pas
 from kit.drivers.mlx5.mr.umr_post import mlx5r_umr_post_send_wait
+from kit.drivers.mlx5.mr.umr_xlt import MTT_SIZE, align
 from kit.drivers.mlx5.objects import UPD_XLT_ATOMIC, UPD_XLT_ENABLE, UPD_XLT_KEEP_PGSZ, UPD_XLT_ZAP
 from kit.errors import Errno
 from kit.sim.engine import Thread, Wait

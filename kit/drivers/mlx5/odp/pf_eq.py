@@ -34,7 +34,7 @@ from kit.sim.engine import Lock, Thread, Wait
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:
-    from kit.drivers.mlx5.core.eq import Eq
+    from kit.drivers.mlx5.core.eq_ring import Eq
     from kit.drivers.mlx5.device import Mlx5IbDev
 
 __all__ = ["PfEq", "mlx5_ib_odp_destroy_eq", "mlx5r_odp_create_eq"]

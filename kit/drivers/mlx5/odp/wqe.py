@@ -5,7 +5,8 @@ from __future__ import annotations
 from errno import EAGAIN, EFAULT
 from typing import TYPE_CHECKING
 
-from kit.drivers.mlx5.adapter.qp import Qp, Srq
+from kit.drivers.mlx5.adapter.qp import Qp
+from kit.drivers.mlx5.adapter.queues import Srq
 from kit.drivers.mlx5.descriptors import Seg, WqeImage
 from kit.drivers.mlx5.enums import INVALID_LKEY, PAGE, PageFaultType, PageRequest, QpType, WrOpcode
 from kit.drivers.mlx5.odp.fault import BytesMapped
