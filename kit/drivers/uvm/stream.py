@@ -52,7 +52,8 @@ class Stream:
         writes = need > 1
         self.writes = np.zeros(self.count + 1, dtype=np.int32)  # how many of the accesses before each one write
         np.cumsum(writes, out=self.writes[1:])
-        self.write_at, self.write_slots = writes.nonzero()[0], slots[writes]
+        self.write_at = writes.nonzero()[0]
+        self.write_slots = slots[self.write_at]
 
     def neighbours(self, start: int, stop: int) -> bool:
         """Whether accesses from `start` on, before `stop`, are of neighbouring pages in a row."""
