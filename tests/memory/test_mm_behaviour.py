@@ -11,8 +11,9 @@ import pytest
 from kit.errors import DriverError, Errno
 from kit.memory.costs import COSTS, make_costs
 from kit.memory.device.exclusive import make_device_exclusive
-from kit.memory.faults.access import load, read_bytes, store, touch, write_bytes
+from kit.memory.faults.access import touch
 from kit.memory.faults.gup import get_user_pages, pin_user_pages, pin_user_pages_fast, unpin_user_pages
+from kit.memory.faults.load_store import load, read_bytes, store, write_bytes
 from kit.memory.files.file import File
 from kit.memory.files.filemap import fsync, pread, pwrite, truncate
 from kit.memory.invariants import check_invariants

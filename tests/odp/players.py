@@ -41,7 +41,7 @@ from kit.drivers.mlx5.verbs import (
     reg_mr_ex,
     wait_cq,
 )
-from kit.memory.faults.access import read_bytes, write_bytes
+from kit.memory.faults.load_store import read_bytes, write_bytes
 from kit.memory.syscalls.madvise import madvise
 from kit.memory.syscalls.mmap import mmap
 from kit.memory.types import (
