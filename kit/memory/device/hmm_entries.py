@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.physical.pages import ZERO_PFN
-from kit.memory.table.cpu_table import Slots
+from kit.memory.table.leaf_tables import Slots
 from kit.memory.types import Bit, Kind, Leaf
 
 if TYPE_CHECKING:
