@@ -32,14 +32,14 @@ from kit.memory.device.migrate_vma import (
     migrate_pfn_to_pfn,
     migrate_pieces,
 )
-from kit.memory.notifier.mmu_notifier import (
+from kit.memory.notifier.mmu_interval_notifier import (
     mmu_interval_notifier_insert,
     mmu_interval_notifier_remove,
     mmu_interval_read_begin,
     mmu_interval_read_retry,
     mmu_interval_set_seq,
-    mmu_notifier_lock,
 )
+from kit.memory.notifier.mmu_notifier import mmu_notifier_lock
 from kit.memory.notifier.mmu_notifier_types import EVENTS, MmuIntervalNotifier, MmuIntervalNotifierOps, MmuNotifierRange
 from kit.memory.physical.memremap import DevPagemap, DevPagemapOps, memremap_pages, page_pgmap, zone_device_folio_init
 from kit.memory.space.mm import Mm

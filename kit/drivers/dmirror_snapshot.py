@@ -32,17 +32,15 @@ from kit.memory.device.hmm import (
     hmm_range_fault,
 )
 from kit.memory.device.hmm_entries import HMM_PFN_ERROR, HMM_PFN_VALID, HMM_PFN_WRITE
-from kit.memory.notifier.mmu_notifier import (
-    MmuIntervalNotifier,
-    MmuIntervalNotifierOps,
-    MmuNotifierRange,
+from kit.memory.notifier.mmu_interval_notifier import (
     mmu_interval_notifier_insert,
     mmu_interval_notifier_remove,
     mmu_interval_read_begin,
     mmu_interval_read_retry,
     mmu_interval_set_seq,
-    mmu_notifier_lock,
 )
+from kit.memory.notifier.mmu_notifier import mmu_notifier_lock
+from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier, MmuIntervalNotifierOps, MmuNotifierRange
 from kit.memory.physical.memremap import MEMORY_DEVICE_COHERENT, MEMORY_DEVICE_PRIVATE, DevPagemap, pgmaps_where
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.syscalls.exit import mmput

@@ -16,16 +16,14 @@ from kit.memory.device.hmm_entries import (
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
 )
-from kit.memory.notifier.mmu_notifier import (
-    MmuIntervalNotifier,
-    MmuIntervalNotifierOps,
-    MmuNotifierRange,
+from kit.memory.notifier.mmu_interval_notifier import (
     mmu_interval_notifier_insert,
     mmu_interval_notifier_remove,
     mmu_interval_read_begin,
     mmu_interval_read_retry,
     mmu_interval_set_seq,
 )
+from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier, MmuIntervalNotifierOps, MmuNotifierRange
 from kit.memory.types import PAGE
 from kit.sim.engine import Lock, Thread, Wait
 

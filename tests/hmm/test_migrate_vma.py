@@ -15,7 +15,7 @@ from hmm.states import STATES, entry_kind
 from kit.drivers.dmirror_types import HMM_DMIRROR_MIGRATE_TO_DEV, HMM_DMIRROR_READ
 from kit.memory.device import migrate_device as md
 from kit.memory.faults.gup import get_user_pages, pin_user_pages_fast, unpin_user_pages
-from kit.memory.notifier.mmu_notifier import EVENTS
+from kit.memory.notifier.mmu_notifier_types import EVENTS
 from kit.memory.types import (
     FOLL_WRITE,
     MADV_NOHUGEPAGE,

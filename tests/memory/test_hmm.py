@@ -25,7 +25,7 @@ from kit.memory.device.migrate_device import (
     MIGRATE_VMA_SELECT_SYSTEM,
     migrate_vma_finalize,
 )
-from kit.memory.notifier.mmu_notifier import mmu_interval_read_begin
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_read_begin
 from kit.memory.types import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE, VM_FAULT_SIGBUS, VM_IO, VM_PFNMAP, VM_READ, Bit, Kind
 
 READ, FULL = HMM_PFN_REQ_FAULT, HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE

@@ -27,7 +27,8 @@ from kit.memory.device.hmm_entries import (
     classify,
 )
 from kit.memory.faults.fault import handle_mm_faults
-from kit.memory.notifier.mmu_notifier import MmuIntervalNotifier, mmu_interval_check_retry
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_check_retry
+from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier
 from kit.memory.physical.memremap import pgmaps_where
 from kit.memory.types import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE, VM_FAULT_ERROR, VM_IO, VM_PFNMAP, VM_READ, Kind
 from kit.sim.trace import waiting_step

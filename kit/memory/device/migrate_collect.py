@@ -20,12 +20,8 @@ from kit.memory.device.migrate_vma import (
     migrate_pfn,
 )
 from kit.memory.huge.huge_split import split_folio
-from kit.memory.notifier.mmu_notifier import (
-    EVENTS,
-    MmuNotifierRange,
-    mmu_notifier_invalidate_range_end,
-    mmu_notifier_invalidate_range_start,
-)
+from kit.memory.notifier.mmu_notifier import mmu_notifier_invalidate_range_end, mmu_notifier_invalidate_range_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS, MmuNotifierRange
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.reclaim.rmap import set_migration_entries
 from kit.memory.types import HPAGE_PMD_NR, PG, Bit, Kind, Leaf

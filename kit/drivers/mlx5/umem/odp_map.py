@@ -15,8 +15,9 @@ from kit.errors import Errno
 from kit.memory.device import hmm
 from kit.memory.device.hmm import HmmRange, hmm_pfn_to_pfn, hmm_range_fault
 from kit.memory.device.hmm_entries import HMM_PFN_INOUT_FLAGS, HMM_PFN_ORDER_SHIFT, HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE
-from kit.memory.notifier import mmu_notifier
-from kit.memory.notifier.mmu_notifier import MmuIntervalNotifier, mmu_interval_read_begin
+from kit.memory.notifier import mmu_interval_notifier
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_read_begin
+from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier
 from kit.memory.syscalls.exit import exit_mmap
 from kit.memory.types import PG
 from kit.sim.engine import Thread, Wait
@@ -38,7 +39,7 @@ NO_FLAGS = np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)  # ~HMM_PFN_FLAGS
 @step
 def mmu_interval_read_retry(sub: MmuIntervalNotifier, thread: Thread, seq: int) -> bool:
     """Whether an invalidation has come since `seq` was read (mm/mmu_notifier.c)."""
-    return mmu_notifier.mmu_interval_read_retry(sub, seq)
+    return mmu_interval_notifier.mmu_interval_read_retry(sub, seq)
 
 
 @step
