@@ -30,15 +30,13 @@ from kit.drivers.dmirror_types import (
     HmmDmirrorCmd,
 )  # fmt: skip
 from kit.errors import Errno
-from kit.memory.device.migrate_device import (
+from kit.memory.device.migrate_device import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
+from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
     MIGRATE_VMA_SELECT_COMPOUND,
     MigrateVma,
-    migrate_vma_finalize,
-    migrate_vma_pages,
-    migrate_vma_setup,
-)  # fmt: skip
+)
 from kit.memory.reclaim.alloc import alloc_folios
 from kit.memory.space.vm_insert import vm_insert_pages
 from kit.memory.space.vma import Vma

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from kit.memory.costs import make_costs
-from kit.memory.device.migrate_device import (
+from kit.memory.device.migrate_device import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
+from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
@@ -15,9 +16,6 @@ from kit.memory.device.migrate_device import (
     MigrateVma,
     migrate_pfn,
     migrate_pfn_to_pfn,
-    migrate_vma_finalize,
-    migrate_vma_pages,
-    migrate_vma_setup,
 )
 from kit.memory.notifier.mmu_interval_notifier import mmu_interval_notifier_insert, mmu_interval_set_seq
 from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier, MmuIntervalNotifierOps

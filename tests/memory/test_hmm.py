@@ -20,11 +20,8 @@ from kit.memory.device.hmm_entries import (
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
 )
-from kit.memory.device.migrate_device import (
-    MIGRATE_VMA_SELECT_COMPOUND,
-    MIGRATE_VMA_SELECT_SYSTEM,
-    migrate_vma_finalize,
-)
+from kit.memory.device.migrate_device import migrate_vma_finalize
+from kit.memory.device.migrate_vma import MIGRATE_VMA_SELECT_COMPOUND, MIGRATE_VMA_SELECT_SYSTEM
 from kit.memory.notifier.mmu_interval_notifier import mmu_interval_read_begin
 from kit.memory.types import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE, VM_FAULT_SIGBUS, VM_IO, VM_PFNMAP, VM_READ, Bit, Kind
 
