@@ -24,14 +24,15 @@ from kit.drivers.dmirror_types import (
     HmmDmirrorCmd,
 )
 from kit.errors import Errno
-from kit.memory.device.hmm import (
-    HMM_RANGE_DEFAULT_TIMEOUT,
+from kit.memory.device.hmm import HMM_RANGE_DEFAULT_TIMEOUT, hmm_range_fault
+from kit.memory.device.hmm_entries import (
+    HMM_PFN_ERROR,
+    HMM_PFN_VALID,
+    HMM_PFN_WRITE,
     HmmRange,
     hmm_pfn_to_map_order,
     hmm_pfn_to_pfn,
-    hmm_range_fault,
 )
-from kit.memory.device.hmm_entries import HMM_PFN_ERROR, HMM_PFN_VALID, HMM_PFN_WRITE
 from kit.memory.notifier.mmu_interval_notifier import (
     mmu_interval_notifier_insert,
     mmu_interval_notifier_remove,

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from hmm.harness import Process, Program
 
-from kit.memory.device.hmm import HmmRange, hmm_range_fault
+from kit.memory.device.hmm import hmm_range_fault
 from kit.memory.device.hmm_entries import (
     HMM_PFN_ERROR,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
+    HmmRange,
 )
 from kit.memory.notifier.mmu_interval_notifier import (
     mmu_interval_notifier_insert,

@@ -9,7 +9,7 @@ import pytest
 from memory.mmworld import COMPOUND, FIRST, MIGRATE, RW, World
 
 from kit.memory.device import hmm
-from kit.memory.device.hmm import HmmRange, hmm_pfn_to_map_order, hmm_pfn_to_pfn, hmm_range_fault
+from kit.memory.device.hmm import hmm_range_fault
 from kit.memory.device.hmm_entries import (
     HMM_PFN_DMA_MAPPED,
     HMM_PFN_ERROR,
@@ -19,6 +19,9 @@ from kit.memory.device.hmm_entries import (
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
+    HmmRange,
+    hmm_pfn_to_map_order,
+    hmm_pfn_to_pfn,
 )
 from kit.memory.device.migrate_device import migrate_vma_finalize
 from kit.memory.device.migrate_vma import MIGRATE_VMA_SELECT_COMPOUND, MIGRATE_VMA_SELECT_SYSTEM
