@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from kit.drivers.dmirror_types import DPT_NONE, DPT_READ, DPT_XA_TAG_WRITE, FAULT_BATCH, DmirrorDevice, DmirrorFile
 from kit.errors import Errno
-from kit.memory.device.hmm import HMM_RANGE_DEFAULT_TIMEOUT, HmmRange, hmm_pfn_to_pfn, hmm_range_fault
-from kit.memory.device.hmm_entries import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE
+from kit.memory.device.hmm import HMM_RANGE_DEFAULT_TIMEOUT, hmm_range_fault
+from kit.memory.device.hmm_entries import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HmmRange, hmm_pfn_to_pfn
 from kit.memory.device.migrate_device import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
 from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
@@ -32,14 +32,14 @@ from kit.memory.device.migrate_vma import (
     migrate_pfn_to_pfn,
     migrate_pieces,
 )
-from kit.memory.notifier.mmu_notifier import (
+from kit.memory.notifier.mmu_interval_notifier import (
     mmu_interval_notifier_insert,
     mmu_interval_notifier_remove,
     mmu_interval_read_begin,
     mmu_interval_read_retry,
     mmu_interval_set_seq,
-    mmu_notifier_lock,
 )
+from kit.memory.notifier.mmu_notifier import mmu_notifier_lock
 from kit.memory.notifier.mmu_notifier_types import EVENTS, MmuIntervalNotifier, MmuIntervalNotifierOps, MmuNotifierRange
 from kit.memory.physical.memremap import DevPagemap, DevPagemapOps, memremap_pages, page_pgmap, zone_device_folio_init
 from kit.memory.space.mm import Mm

@@ -12,12 +12,9 @@ import numpy as np
 
 from kit.drivers.dmirror import Dmirror, dmirror_devmem_fault_alloc_and_copy, migrate_to_device
 from kit.drivers.dmirror_access import dmirror_read, dmirror_write, read_back
-from kit.drivers.dmirror_commands import (
-    dmirror_check_atomic,
-    dmirror_device_remove_chunks,
-    dmirror_exclusive,
-    dmirror_snapshot,
-)  # fmt: skip
+from kit.drivers.dmirror_evict import dmirror_device_remove_chunks
+from kit.drivers.dmirror_exclusive import dmirror_check_atomic, dmirror_exclusive
+from kit.drivers.dmirror_snapshot import dmirror_snapshot
 from kit.drivers.dmirror_types import (
     HMM_DMIRROR_CHECK_EXCLUSIVE,
     HMM_DMIRROR_EXCLUSIVE,
@@ -33,15 +30,13 @@ from kit.drivers.dmirror_types import (
     HmmDmirrorCmd,
 )  # fmt: skip
 from kit.errors import Errno
-from kit.memory.device.migrate_device import (
+from kit.memory.device.migrate_device import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
+from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
     MIGRATE_VMA_SELECT_COMPOUND,
     MigrateVma,
-    migrate_vma_finalize,
-    migrate_vma_pages,
-    migrate_vma_setup,
-)  # fmt: skip
+)
 from kit.memory.reclaim.alloc import alloc_folios
 from kit.memory.space.vm_insert import vm_insert_pages
 from kit.memory.space.vma import Vma

@@ -14,15 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.drivers.dmirror_types import DPT_NONE, HMM_DMIRROR_MEMORY_DEVICE_PRIVATE, DmirrorDevice, Pfns
-from kit.memory.device.migrate_device import (
-    MIGRATE_PFN_MIGRATE,
-    MIGRATE_PFN_VALID,
-    migrate_device_finalize,
-    migrate_device_pages,
-    migrate_device_pfns,
-    migrate_pfn,
-    migrate_pfn_to_pfn,
-)
+from kit.memory.device.migrate_device import migrate_device_finalize, migrate_device_pages, migrate_device_pfns
+from kit.memory.device.migrate_vma import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_VALID, migrate_pfn, migrate_pfn_to_pfn
 from kit.memory.reclaim.alloc import alloc_folios
 from kit.memory.types import HPAGE_PMD_NR
 

@@ -91,7 +91,7 @@ REPORT = FlowReport(
         ),
     },
     shown=("nvprof", "um_total_sum", "um_sum", "um_cpu_page_faults_sum"),
-    events="kit.report.events:um_event_columns",
+    events="kit.report.cupti:um_event_columns",
     headlines="kit.report.cuda:headlines",
     views={
         "Steps": "kit.report.figures:documented_steps",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kit.report.events import CPU_FAULT, DTOH, GPU_FAULT, HTOD, UmRecords, kernels, um_records
+from kit.report.cupti import CPU_FAULT, DTOH, GPU_FAULT, HTOD, UmRecords, kernels, um_records
 from kit.report.tables import Table
 
 if TYPE_CHECKING:

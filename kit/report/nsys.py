@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.report import events
-from kit.report.events import UmRecords, um_records
+from kit.report import cupti
+from kit.report.cupti import UmRecords, um_records
 from kit.report.nsys_sqlite import COPY_KIND, MEMCPY_LABELS
 from kit.report.tables import ADDRESS, Table
 
@@ -40,16 +40,16 @@ def um_sum(run: Run, rows: int = 10) -> Table:
         At most so many rows, highest throughput first; equal ones by address.
     """
     records = um_records(run)
-    parts = {kind: records.of(kind) for kind in (events.HTOD, events.DTOH, events.CPU_FAULT, events.GPU_FAULT)}
+    parts = {kind: records.of(kind) for kind in (cupti.HTOD, cupti.DTOH, cupti.CPU_FAULT, cupti.GPU_FAULT)}
     addresses: Ints = np.unique(np.concatenate([part.address for part in parts.values()]))
     seen, nbytes, duration = {}, {}, np.zeros(len(addresses), dtype=np.int64)
     for kind, part in parts.items():
         at = np.searchsorted(addresses, part.address)
         seen[kind] = np.bincount(at, minlength=len(addresses))
         nbytes[kind] = _sums(at, part.value, len(addresses))
-        if kind in (events.HTOD, events.DTOH):
+        if kind in (cupti.HTOD, cupti.DTOH):
             duration += _sums(at, part.end - part.start, len(addresses))
-    moved = nbytes[events.HTOD] + nbytes[events.DTOH]
+    moved = nbytes[cupti.HTOD] + nbytes[cupti.DTOH]
     throughput = np.where(duration > 0, moved * (1_000_000_000 // np.maximum(duration, 1)), -1)
     best = np.lexsort((addresses, -throughput))[:rows]
     table: list[tuple[Any, ...]] = []
@@ -57,10 +57,10 @@ def um_sum(run: Run, rows: int = 10) -> Table:
         has = {kind: seen[kind][i] > 0 for kind in parts}
         table.append((
             int(addresses[i]),
-            float(nbytes[events.HTOD][i]) / _MB if has[events.HTOD] else None,
-            float(nbytes[events.DTOH][i]) / _MB if has[events.DTOH] else None,
-            int(seen[events.CPU_FAULT][i]) if has[events.CPU_FAULT] else None,
-            int(nbytes[events.GPU_FAULT][i]) if has[events.GPU_FAULT] else None,
+            float(nbytes[cupti.HTOD][i]) / _MB if has[cupti.HTOD] else None,
+            float(nbytes[cupti.DTOH][i]) / _MB if has[cupti.DTOH] else None,
+            int(seen[cupti.CPU_FAULT][i]) if has[cupti.CPU_FAULT] else None,
+            int(nbytes[cupti.GPU_FAULT][i]) if has[cupti.GPU_FAULT] else None,
             float(throughput[i]) / _MB if throughput[i] >= 0 else None,
         ))  # fmt: skip
     columns = (
@@ -85,8 +85,8 @@ def um_total_sum(run: Run) -> Table:
     empty unless there are faults of both sorts and copies both ways.
     """
     records = um_records(run)
-    htod, dtoh = records.of(events.HTOD), records.of(events.DTOH)
-    cpu, gpu = records.of(events.CPU_FAULT), records.of(events.GPU_FAULT)
+    htod, dtoh = records.of(cupti.HTOD), records.of(cupti.DTOH)
+    cpu, gpu = records.of(cupti.CPU_FAULT), records.of(cupti.GPU_FAULT)
     everywhere = all(len(part) for part in (htod, dtoh, cpu, gpu))
     row = (
         float(htod.bytes.sum()) / _MB if len(htod) else None,
@@ -106,7 +106,7 @@ def um_total_sum(run: Run) -> Table:
 
 def um_cpu_page_faults_sum(run: Run) -> Table:
     """Return nsys' *Unified Memory CPU Page Faults Summary*: faults by the instruction that made them."""
-    instructions, counts = np.unique(um_records(run).of(events.CPU_FAULT).value, return_counts=True)
+    instructions, counts = np.unique(um_records(run).of(cupti.CPU_FAULT).value, return_counts=True)
     order = np.lexsort((instructions, -counts))
     rows: list[tuple[Any, ...]] = [(int(counts[i]), f"0x{int(instructions[i]):x}") for i in order]
     columns = ("CPU Page Faults", "CPU Instruction Address")

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from kit.report import events
-from kit.report.events import UmRecords, device_name, kernels, um_records
+from kit.report import cupti
+from kit.report.cupti import UmRecords, device_name, kernels, um_records
 from kit.report.files import whole_file
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ACCESS_TYPE", "COPY_KIND", "MEMCPY_LABELS", "MIGRATION", "write_nsys_sqlite"]
 
-COPY_KIND = {events.HTOD: 11, events.DTOH: 12, events.DTOD: 13}
+COPY_KIND = {cupti.HTOD: 11, cupti.DTOH: 12, cupti.DTOD: 13}
 """Unified memory copies in ``ENUM_CUDA_MEMCPY_OPER``, by CUPTI counter kind."""
 ACCESS_TYPE = {"READ": 1, "WRITE": 2, "ATOMIC": 3, "PREFETCH": 4}
 MIGRATION = {"USER": 1, "COHERENCE": 2, "PREFETCH": 3, "EVICTION": 4, "ACCESS_COUNTERS": 5}
@@ -131,8 +131,8 @@ def write_nsys_sqlite(run: Run, path: str | os.PathLike[str]) -> None:
         db.execute("BEGIN")
         _create(db)
         strings = _Strings()
-        _insert(db, "CUDA_UM_CPU_PAGE_FAULT_EVENTS", _cpu_faults(records.of(events.CPU_FAULT), strings))
-        _insert(db, "CUDA_UM_GPU_PAGE_FAULT_EVENTS", _gpu_faults(records.of(events.GPU_FAULT)))
+        _insert(db, "CUDA_UM_CPU_PAGE_FAULT_EVENTS", _cpu_faults(records.of(cupti.CPU_FAULT), strings))
+        _insert(db, "CUDA_UM_GPU_PAGE_FAULT_EVENTS", _gpu_faults(records.of(cupti.GPU_FAULT)))
         _insert(db, "CUPTI_ACTIVITY_KIND_MEMCPY", _copies(records.of(*COPY_KIND)))
         _insert(db, "CUPTI_ACTIVITY_KIND_KERNEL", _launches(run, strings))
         _insert_facts(db, run, strings)
@@ -176,8 +176,8 @@ def _copies(copies: UmRecords) -> Iterable[tuple[Any, ...]]:
     causes = copies.cause_ids(MIGRATION)
     columns = (copies.start, copies.end, copies.kind, copies.bytes, copies.address, causes)
     for start, end, kind, nbytes, address, cause in zip(*(c.tolist() for c in columns), strict=True):
-        source = (None, None) if kind == events.HTOD else (0, _CONTEXT)
-        target = (None, None) if kind == events.DTOH else (0, _CONTEXT)
+        source = (None, None) if kind == cupti.HTOD else (0, _CONTEXT)
+        target = (None, None) if kind == cupti.DTOH else (0, _CONTEXT)
         yield (
             start, end, 0, _CONTEXT, None, _UM_STREAM, 0, _GLOBAL_PID, nbytes, COPY_KIND[kind], None,
             _MANAGED, _MANAGED, *source, *target, cause, None, address,

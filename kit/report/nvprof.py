@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kit.report import events
-from kit.report.events import UmRecords, device_name, kernels, um_records
+from kit.report import cupti
+from kit.report.cupti import UmRecords, device_name, kernels, um_records
 from kit.report.tables import Table, nvprof_size, nvprof_time
 
 if TYPE_CHECKING:
@@ -22,18 +22,18 @@ __all__ = ["gpu_trace", "um_summary"]
 _SUMMARY = ("Count", "Avg Size", "Min Size", "Max Size", "Total Size", "Total Time", "Name")
 _SUMMARY_WIDTHS = (8, 8, 8, 8, 10, 10)
 _GROUPS = (
-    (events.HTOD, "Host To Device", True, True),
-    (events.DTOH, "Device To Host", True, True),
-    (events.DTOD, "Device To Device", True, True),
-    (events.GPU_FAULT, "Gpu page fault groups", False, True),
-    (events.THROTTLING, "Page throttles", False, True),
-    (events.THRASHING, "Memory thrashes", True, False),
-    (events.REMOTE_MAP, "Remote mapping from device", True, False),
+    (cupti.HTOD, "Host To Device", True, True),
+    (cupti.DTOH, "Device To Host", True, True),
+    (cupti.DTOD, "Device To Device", True, True),
+    (cupti.GPU_FAULT, "Gpu page fault groups", False, True),
+    (cupti.THROTTLING, "Page throttles", False, True),
+    (cupti.THRASHING, "Memory thrashes", True, False),
+    (cupti.REMOTE_MAP, "Remote mapping from device", True, False),
 )
 _TOTALS = (
-    (events.CPU_FAULT, "Total CPU Page faults"),
-    (events.THRASHING, "Total CPU thrashes"),
-    (events.REMOTE_MAP, "Total remote mappings to CPU"),
+    (cupti.CPU_FAULT, "Total CPU Page faults"),
+    (cupti.THRASHING, "Total CPU thrashes"),
+    (cupti.REMOTE_MAP, "Total remote mappings to CPU"),
 )
 
 _TRACE = (
@@ -43,14 +43,14 @@ _TRACE = (
 _TRACE_WIDTHS = (8, 8, 19, 14, 8, 8, 8, 15, 8, 8, 20, 15)
 _DEVICE_WIDTH, _VALUE_WIDTH = 15, 20
 _TRACE_NAMES = {
-    events.HTOD: "[Unified Memory Memcpy HtoD]",
-    events.DTOH: "[Unified Memory Memcpy DtoH]",
-    events.DTOD: "[Unified Memory Memcpy DtoD]",
-    events.CPU_FAULT: "[Unified Memory CPU page faults]",
-    events.GPU_FAULT: "[Unified Memory GPU page faults]",
-    events.THRASHING: "[Unified Memory thrashing]",
-    events.THROTTLING: "[Unified Memory page throttle]",
-    events.REMOTE_MAP: "[Unified Memory remote map]",
+    cupti.HTOD: "[Unified Memory Memcpy HtoD]",
+    cupti.DTOH: "[Unified Memory Memcpy DtoH]",
+    cupti.DTOD: "[Unified Memory Memcpy DtoD]",
+    cupti.CPU_FAULT: "[Unified Memory CPU page faults]",
+    cupti.GPU_FAULT: "[Unified Memory GPU page faults]",
+    cupti.THRASHING: "[Unified Memory thrashing]",
+    cupti.THROTTLING: "[Unified Memory page throttle]",
+    cupti.REMOTE_MAP: "[Unified Memory remote map]",
 }
 
 
@@ -119,8 +119,8 @@ def _memory_rows(records: UmRecords, device: str) -> list[tuple[Any, ...]]:
     columns = (records.start, records.end, records.kind, records.address, records.value)
     rows: list[tuple[Any, ...]] = []
     for start, end, kind, address, value in zip(*(column.tolist() for column in columns), strict=True):
-        on_cpu = kind == events.CPU_FAULT
-        timed = not on_cpu and kind not in (events.THRASHING, events.REMOTE_MAP)
+        on_cpu = kind == cupti.CPU_FAULT
+        timed = not on_cpu and kind not in (cupti.THRASHING, cupti.REMOTE_MAP)
         rows.append((
             nvprof_time(start), nvprof_time(end - start) if timed else "-", "-", "-", "-", "-", "-",
             "-" if on_cpu else device, "-", "-", _value(kind, value), f"0x{address:x}", _TRACE_NAMES[kind],
@@ -129,11 +129,11 @@ def _memory_rows(records: UmRecords, device: str) -> list[tuple[Any, ...]]:
 
 
 def _value(kind: int, value: int) -> str:
-    if kind == events.CPU_FAULT:
+    if kind == cupti.CPU_FAULT:
         return f"PC 0x{value & 0xFFFFFFFF:x}"  # nvprof prints the low 32 bits
-    if kind == events.GPU_FAULT:
+    if kind == cupti.GPU_FAULT:
         return str(value)
-    return "-" if kind == events.THROTTLING else nvprof_size(value, _VALUE_WIDTH)
+    return "-" if kind == cupti.THROTTLING else nvprof_size(value, _VALUE_WIDTH)
 
 
 def _line(cells: tuple[Any, ...], widths: tuple[int, ...]) -> str:

@@ -12,7 +12,7 @@ from kit.drivers.dmirror import dmirror_device_init, dmirror_fops_open, dmirror_
 from kit.drivers.dmirror_ioctl import dmirror_fops_unlocked_ioctl
 from kit.drivers.dmirror_types import DmirrorDevice, HmmDmirrorCmd
 from kit.memory.costs import COSTS, make_costs
-from kit.memory.faults.access import load, store
+from kit.memory.faults.load_store import load, store
 from kit.memory.physical.pages import PhysicalMemory
 from kit.memory.space.mm import Mm
 from kit.memory.syscalls.exit import exit_mmap

@@ -25,8 +25,8 @@ from kit.drivers.dmirror_types import (
     HmmDmirrorCmd,
 )
 from kit.memory.costs import COSTS, make_costs
-from kit.memory.faults.access import load, read_bytes, store, write_bytes
 from kit.memory.faults.gup import get_user_pages, pin_user_pages, pin_user_pages_fast, unpin_user_pages
+from kit.memory.faults.load_store import load, read_bytes, store, write_bytes
 from kit.memory.files.file import File
 from kit.memory.files.filemap import pread, pwrite, truncate
 from kit.memory.invariants import check_invariants

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from hmm.harness import Fixture, Program
 
-from kit.memory.device.migrate_device import (
+from kit.memory.device.migrate_device import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
+from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
@@ -16,9 +17,6 @@ from kit.memory.device.migrate_device import (
     MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
     MIGRATE_VMA_SELECT_SYSTEM,
     MigrateVma,
-    migrate_vma_finalize,
-    migrate_vma_pages,
-    migrate_vma_setup,
 )
 from kit.memory.physical.memremap import (
     MEMORY_DEVICE_COHERENT,

@@ -8,24 +8,23 @@ from typing import Any
 import numpy as np
 from hmm.harness import Process, Program
 
-from kit.memory.device.hmm import HmmRange, hmm_range_fault
+from kit.memory.device.hmm import hmm_range_fault
 from kit.memory.device.hmm_entries import (
     HMM_PFN_ERROR,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
+    HmmRange,
 )
-from kit.memory.notifier.mmu_notifier import (
-    MmuIntervalNotifier,
-    MmuIntervalNotifierOps,
-    MmuNotifierRange,
+from kit.memory.notifier.mmu_interval_notifier import (
     mmu_interval_notifier_insert,
     mmu_interval_notifier_remove,
     mmu_interval_read_begin,
     mmu_interval_read_retry,
     mmu_interval_set_seq,
 )
+from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier, MmuIntervalNotifierOps, MmuNotifierRange
 from kit.memory.types import PAGE
 from kit.sim.engine import Lock, Thread, Wait
 

@@ -13,7 +13,7 @@ import numpy as np
 from hmm.harness import ANON, RW, TWOMEG, Buffer, Process, Program, System
 from hmm.registers import Registers
 
-from kit.drivers.dmirror_commands import dmirror_device_evict_chunk
+from kit.drivers.dmirror_evict import dmirror_device_evict_chunk
 from kit.drivers.dmirror_types import (
     DPT_READ,
     HMM_DMIRROR_CHECK_EXCLUSIVE,

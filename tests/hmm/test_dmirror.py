@@ -35,7 +35,7 @@ from kit.drivers.dmirror_types import (
     HMM_DMIRROR_WRITE,
 )
 from kit.memory.faults.gup import pin_user_pages_fast, unpin_user_pages
-from kit.memory.notifier.mmu_notifier import EVENTS
+from kit.memory.notifier.mmu_notifier_types import EVENTS
 from kit.memory.types import (
     FOLL_LONGTERM,
     FOLL_WRITE,

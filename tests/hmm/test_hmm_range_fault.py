@@ -14,9 +14,9 @@ from hmm.states import STATES, entry_kind
 
 from kit.drivers.dmirror_types import HMM_DMIRROR_MIGRATE_TO_DEV
 from kit.memory.device import hmm_entries
-from kit.memory.device.hmm import hmm_pfn_to_pfn, hmm_range_fault
-from kit.memory.device.hmm_entries import HMM_PFN_DMA_MAPPED, HMM_PFN_P2PDMA, HMM_PFN_P2PDMA_BUS
-from kit.memory.notifier.mmu_notifier import mmu_interval_read_begin
+from kit.memory.device.hmm import hmm_range_fault
+from kit.memory.device.hmm_entries import HMM_PFN_DMA_MAPPED, HMM_PFN_P2PDMA, HMM_PFN_P2PDMA_BUS, hmm_pfn_to_pfn
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_read_begin
 from kit.memory.types import MADV_DONTNEED, MADV_NOHUGEPAGE, MAP_SHARED, PAGE, PROT_READ, Kind
 
 EFAULT, EPERM = -errno.EFAULT, -errno.EPERM

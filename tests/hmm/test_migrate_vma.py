@@ -14,8 +14,9 @@ from hmm.states import STATES, entry_kind
 
 from kit.drivers.dmirror_types import HMM_DMIRROR_MIGRATE_TO_DEV, HMM_DMIRROR_READ
 from kit.memory.device import migrate_device as md
+from kit.memory.device import migrate_vma
 from kit.memory.faults.gup import get_user_pages, pin_user_pages_fast, unpin_user_pages
-from kit.memory.notifier.mmu_notifier import EVENTS
+from kit.memory.notifier.mmu_notifier_types import EVENTS
 from kit.memory.types import (
     FOLL_WRITE,
     MADV_NOHUGEPAGE,
@@ -49,7 +50,7 @@ def mapped(t: Fixture, pages: int = 4, prot: int = RW, stamps: bool = True) -> P
 def test_encodings() -> None:
     assert (VALID, MIGRATE, WRITE, COMPOUND) == (1, 2, 8, 16)
     selects = ("SYSTEM", "DEVICE_PRIVATE", "DEVICE_COHERENT", "COMPOUND")
-    assert [int(getattr(md, f"MIGRATE_VMA_SELECT_{name}")) for name in selects] == [1, 2, 4, 8]
+    assert [int(getattr(migrate_vma, f"MIGRATE_VMA_SELECT_{name}")) for name in selects] == [1, 2, 4, 8]
 
 
 # src after the setup with SELECT_SYSTEM, by the state of the page; huge ones without SELECT_COMPOUND.
@@ -97,7 +98,10 @@ def test_collected_by_setup(name: str) -> None:
     run(program)
 
 
-PRIVATE, COHERENT = int(md.MIGRATE_VMA_SELECT_DEVICE_PRIVATE), int(md.MIGRATE_VMA_SELECT_DEVICE_COHERENT)
+PRIVATE, COHERENT = (
+    int(migrate_vma.MIGRATE_VMA_SELECT_DEVICE_PRIVATE),
+    int(migrate_vma.MIGRATE_VMA_SELECT_DEVICE_COHERENT),
+)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +426,7 @@ def test_events_of_a_migration() -> None:
 
 
 def test_the_whole_huge_page_is_one_entry() -> None:
-    select = SYSTEM | int(md.MIGRATE_VMA_SELECT_COMPOUND)
+    select = SYSTEM | int(migrate_vma.MIGRATE_VMA_SELECT_COMPOUND)
 
     def program(t: Fixture) -> Program:
         for name, first in (("huge_page", MOVES | COMPOUND), ("huge_hole", MIGRATE | COMPOUND),
@@ -439,7 +443,7 @@ def test_the_whole_huge_page_is_one_entry() -> None:
 @pytest.mark.parametrize("coherent", [False, True])
 def test_a_huge_page_moves_whole(coherent: bool) -> None:
     """A present huge page of coherent memory is not selected as such, and is selected as the system's (by reading)."""
-    whole = int(md.MIGRATE_VMA_SELECT_COMPOUND)
+    whole = int(migrate_vma.MIGRATE_VMA_SELECT_COMPOUND)
     own = COHERENT if coherent else PRIVATE
 
     def program(t: Fixture) -> Program:
@@ -499,7 +503,7 @@ def test_a_page_held_in_a_huge_page_mapped_small_keeps_it_whole(pin: bool) -> No
 def test_a_huge_page_that_is_not_selected_whole_is_split(pages: int) -> None:
     def program(t: Fixture) -> Program:
         start = yield from STATES["huge_page"](t)
-        select = SYSTEM | (int(md.MIGRATE_VMA_SELECT_COMPOUND) if pages < 512 else 0)
+        select = SYSTEM | (int(migrate_vma.MIGRATE_VMA_SELECT_COMPOUND) if pages < 512 else 0)
         migration = yield from Migration(t, start, pages, flags=select).setup()
         assert migration.src == [MOVES] * pages
         assert migration.args.cpages == pages
@@ -511,7 +515,7 @@ def test_a_huge_page_that_is_not_selected_whole_is_split(pages: int) -> None:
 
 
 def test_a_small_destination_splits_a_huge_source() -> None:
-    select = SYSTEM | int(md.MIGRATE_VMA_SELECT_COMPOUND)
+    select = SYSTEM | int(migrate_vma.MIGRATE_VMA_SELECT_COMPOUND)
 
     def program(t: Fixture) -> Program:
         p, device = t.process, Device(t)
@@ -533,7 +537,7 @@ def test_a_small_destination_splits_a_huge_source() -> None:
 
 def test_everybody_hears_of_the_split_of_a_huge_source() -> None:
     """split_huge_pmd_address raises CLEAR over all 2 MiB, after the MIGRATE of the collection."""
-    select = SYSTEM | int(md.MIGRATE_VMA_SELECT_COMPOUND)
+    select = SYSTEM | int(migrate_vma.MIGRATE_VMA_SELECT_COMPOUND)
 
     def program(t: Fixture) -> Program:
         p, device = t.process, Device(t)

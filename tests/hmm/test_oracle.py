@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kit.drivers.dmirror_types import HMM_DMIRROR_EXCLUSIVE, HMM_DMIRROR_MIGRATE_TO_DEV
-from kit.memory.device import migrate_device as md
+from kit.memory.device import migrate_vma
 from kit.memory.reclaim.reclaim import reclaim_pages
 from kit.memory.types import (
     MADV_HUGEPAGE,
@@ -285,4 +285,4 @@ def give(t: Fixture, migration: Migration, chosen: set[int]) -> Program:
 
 def test_the_oracle_knows_an_error_entry() -> None:
     assert ERROR == 1 << 61
-    assert int(md.MIGRATE_VMA_SELECT_SYSTEM) == SYSTEM
+    assert int(migrate_vma.MIGRATE_VMA_SELECT_SYSTEM) == SYSTEM

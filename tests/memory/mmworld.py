@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from kit.memory.costs import make_costs
-from kit.memory.device.migrate_device import (
+from kit.memory.device.migrate_device import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
+from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
@@ -15,16 +16,9 @@ from kit.memory.device.migrate_device import (
     MigrateVma,
     migrate_pfn,
     migrate_pfn_to_pfn,
-    migrate_vma_finalize,
-    migrate_vma_pages,
-    migrate_vma_setup,
 )
-from kit.memory.notifier.mmu_notifier import (
-    MmuIntervalNotifier,
-    MmuIntervalNotifierOps,
-    mmu_interval_notifier_insert,
-    mmu_interval_set_seq,
-)
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_notifier_insert, mmu_interval_set_seq
+from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier, MmuIntervalNotifierOps
 from kit.memory.physical.memremap import DEVICE_PRIVATE, DevPagemap, memremap_pages, zone_device_folio_init
 from kit.memory.physical.pages import PhysicalMemory
 from kit.memory.reclaim.rmap import add_anon_rmap

@@ -9,7 +9,7 @@ import pytest
 from memory.mmworld import COMPOUND, FIRST, MIGRATE, RW, World
 
 from kit.memory.device import hmm
-from kit.memory.device.hmm import HmmRange, hmm_pfn_to_map_order, hmm_pfn_to_pfn, hmm_range_fault
+from kit.memory.device.hmm import hmm_range_fault
 from kit.memory.device.hmm_entries import (
     HMM_PFN_DMA_MAPPED,
     HMM_PFN_ERROR,
@@ -19,13 +19,13 @@ from kit.memory.device.hmm_entries import (
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
+    HmmRange,
+    hmm_pfn_to_map_order,
+    hmm_pfn_to_pfn,
 )
-from kit.memory.device.migrate_device import (
-    MIGRATE_VMA_SELECT_COMPOUND,
-    MIGRATE_VMA_SELECT_SYSTEM,
-    migrate_vma_finalize,
-)
-from kit.memory.notifier.mmu_notifier import mmu_interval_read_begin
+from kit.memory.device.migrate_device import migrate_vma_finalize
+from kit.memory.device.migrate_vma import MIGRATE_VMA_SELECT_COMPOUND, MIGRATE_VMA_SELECT_SYSTEM
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_read_begin
 from kit.memory.types import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE, VM_FAULT_SIGBUS, VM_IO, VM_PFNMAP, VM_READ, Bit, Kind
 
 READ, FULL = HMM_PFN_REQ_FAULT, HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE

@@ -9,18 +9,20 @@ import pytest
 from memory.mmworld import COMPOUND, FIRST, MIGRATE, RW, VALID, WRITE, World
 
 from kit.memory.device.migrate_device import (
-    MIGRATE_VMA_SELECT_COMPOUND,
-    MIGRATE_VMA_SELECT_DEVICE_COHERENT,
-    MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
-    MIGRATE_VMA_SELECT_SYSTEM,
     migrate_device_coherent_folio,
     migrate_device_finalize,
     migrate_device_pages,
     migrate_device_range,
-    migrate_pfn,
-    migrate_pfn_to_pfn,
     migrate_vma_finalize,
     migrate_vma_pages,
+)
+from kit.memory.device.migrate_vma import (
+    MIGRATE_VMA_SELECT_COMPOUND,
+    MIGRATE_VMA_SELECT_DEVICE_COHERENT,
+    MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
+    MIGRATE_VMA_SELECT_SYSTEM,
+    migrate_pfn,
+    migrate_pfn_to_pfn,
 )
 from kit.memory.huge.huge_split import __split_huge_pmd
 from kit.memory.physical.memremap import DEVICE_COHERENT, DevPagemap, memremap_pages, memunmap_pages

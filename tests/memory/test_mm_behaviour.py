@@ -11,12 +11,14 @@ import pytest
 from kit.errors import DriverError, Errno
 from kit.memory.costs import COSTS, make_costs
 from kit.memory.device.exclusive import make_device_exclusive
-from kit.memory.faults.access import load, read_bytes, store, touch, write_bytes
+from kit.memory.faults.access import touch
 from kit.memory.faults.gup import get_user_pages, pin_user_pages, pin_user_pages_fast, unpin_user_pages
+from kit.memory.faults.load_store import load, read_bytes, store, write_bytes
 from kit.memory.files.file import File
 from kit.memory.files.filemap import fsync, pread, pwrite, truncate
 from kit.memory.invariants import check_invariants
-from kit.memory.notifier.mmu_notifier import MmuIntervalNotifier, MmuIntervalNotifierOps, mmu_interval_notifier_insert
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_notifier_insert
+from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier, MmuIntervalNotifierOps
 from kit.memory.physical.pages import ZERO_PFN, PhysicalMemory
 from kit.memory.reclaim.rmap import remove_migration_ptes, try_to_migrate
 from kit.memory.space.mm import Mm

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kit.errors import DriverError
 from kit.memory.costs import make_costs
-from kit.memory.faults.access import load, store
+from kit.memory.faults.load_store import load, store
 from kit.memory.invariants import check_invariants
 from kit.memory.physical.pages import PhysicalMemory
 from kit.memory.space.mm import Mm

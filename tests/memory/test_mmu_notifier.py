@@ -7,13 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kit.memory.notifier.mmu_notifier import (
-    EVENTS,
-    MmuIntervalNotifier,
-    MmuIntervalNotifierOps,
-    MmuNotifier,
-    MmuNotifierOps,
-    MmuNotifierRange,
+from kit.memory.notifier.mmu_interval_notifier import (
     mmu_interval_check_retry,
     mmu_interval_notifier_insert,
     mmu_interval_notifier_insert_locked,
@@ -21,12 +15,22 @@ from kit.memory.notifier.mmu_notifier import (
     mmu_interval_read_begin,
     mmu_interval_read_retry,
     mmu_interval_set_seq,
+)
+from kit.memory.notifier.mmu_notifier import (
     mmu_notifier_invalidate_range_end,
     mmu_notifier_invalidate_range_start,
     mmu_notifier_invalidate_range_start_nonblock,
     mmu_notifier_register,
     mmu_notifier_release,
     mmu_notifier_unregister,
+)
+from kit.memory.notifier.mmu_notifier_types import (
+    EVENTS,
+    MmuIntervalNotifier,
+    MmuIntervalNotifierOps,
+    MmuNotifier,
+    MmuNotifierOps,
+    MmuNotifierRange,
 )
 from kit.sim.engine import Engine, Lock
 

@@ -28,7 +28,7 @@ from kit.drivers.mlx5.verbs import (
     reg_mr_ex,
 )
 from kit.drivers.mlx5.verbs_post import post_recv, post_send, post_srq_recv, wait_cq
-from kit.memory.faults.access import read_bytes, write_bytes
+from kit.memory.faults.load_store import read_bytes, write_bytes
 from kit.memory.syscalls.madvise import madvise
 from kit.memory.syscalls.mmap import mmap
 from kit.memory.types import (

@@ -33,7 +33,7 @@ from kit.drivers.mlx5.verbs_post import post_recv, post_send, wait_cq
 from kit.errors import DriverError
 from kit.memory.costs import COSTS as MM_COSTS
 from kit.memory.costs import make_costs as make_mm_costs
-from kit.memory.faults.access import load, store
+from kit.memory.faults.load_store import load, store
 from kit.memory.physical.pages import PhysicalMemory
 from kit.memory.space.mm import Mm
 from kit.memory.syscalls.exit import exit_mmap, oom_reap_task_mm

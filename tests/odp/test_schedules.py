@@ -24,7 +24,7 @@ from kit.drivers.mlx5.enums import PAGE, Era
 from kit.drivers.mlx5.mr.dereg import mlx5_ib_dereg_mr
 from kit.drivers.mlx5.odp import invalidate as odp_invalidate
 from kit.drivers.mlx5.odp.advise import ADVISE_FLUSH, PREFETCH, ib_uverbs_advise_mr
-from kit.memory.faults.access import load, store
+from kit.memory.faults.load_store import load, store
 
 SEEDS = Seeds(Schedule, "FARFAULT_ODP_SCHEDULE", 5000, "tests/odp/test_schedules.py")
 UNFIXED = max(SEEDS.blocks // 10, 1)  # of these, blocks in which older kernels lack the fixes that the newest has

@@ -11,7 +11,7 @@ import pytest
 import kit
 from kit.drivers.uvm.gpu import COSTS
 from kit.errors import ParameterError
-from kit.report.events import device_name
+from kit.report.cupti import device_name
 from kit.sim.machine import BASES, Curve, load_machine, machines, resolve
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -60,7 +60,7 @@ def _inline(qp: Qp, thread: Thread, wr: SendWr) -> Wait:
     """Copy the payload into the work request, as the library does: by the CPU, with no key."""
     data = wr.inline_data
     if data is None:
-        from kit.memory.faults.access import read_bytes
+        from kit.memory.faults.load_store import read_bytes
 
         data = np.zeros(sum(s.length for s in wr.sg_list), dtype=np.uint8)
         at = 0

@@ -8,7 +8,7 @@ import numpy as np
 
 from kit.errors import raise_for
 from kit.flows.hmm_mirror.structure import rewritten
-from kit.memory.faults.access import load, store
+from kit.memory.faults.load_store import load, store
 from kit.memory.syscalls.mmap import mmap, munmap
 from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, PAGE, PROT_READ, PROT_WRITE
 

@@ -11,8 +11,8 @@ from kit.flows.hmm_mirror.noise import NOISE_PAGES
 from kit.flows.hmm_mirror.parameters import HUGE
 from kit.flows.hmm_mirror.structure import Pages, Words
 from kit.flows.run import Allocation
-from kit.memory.faults.access import load, store
 from kit.memory.faults.gup import pin_user_pages_fast
+from kit.memory.faults.load_store import load, store
 from kit.memory.syscalls.exit import exit_mmap
 from kit.memory.syscalls.fork import fork
 from kit.memory.syscalls.madvise import madvise

@@ -8,7 +8,7 @@ import numpy as np
 
 from kit.flows.metrics import SpanColumns, conformance_metrics, integrity_metrics, time_metrics
 from kit.flows.run import Integrity
-from kit.memory.notifier.mmu_notifier import EVENTS
+from kit.memory.notifier.mmu_notifier_types import EVENTS
 from kit.memory.types import PAGE, Kind
 
 if TYPE_CHECKING:

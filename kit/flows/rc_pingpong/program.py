@@ -34,7 +34,7 @@ from kit.flows.rc_pingpong.libibverbs import (
     ibv_reg_mr,
 )  # fmt: skip
 from kit.flows.rdma.content import Area
-from kit.memory.faults.access import store, write_bytes
+from kit.memory.faults.load_store import store, write_bytes
 from kit.memory.types import PAGE
 from kit.sim.trace import waiting_step
 

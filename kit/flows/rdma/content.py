@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kit.drivers.mlx5.adapter.payload import gather, scatter
 from kit.flows.run import Integrity
-from kit.memory.faults.access import store, write_bytes
+from kit.memory.faults.load_store import store, write_bytes
 from kit.memory.types import PAGE, Kind
 
 if TYPE_CHECKING:

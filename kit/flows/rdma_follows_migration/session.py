@@ -15,7 +15,7 @@ from kit.flows.rdma.traffic import cut, transfers_of
 from kit.flows.rdma_follows_migration.exporter import Exporter
 from kit.flows.rdma_follows_migration.movers import FileSystem, Gpu, Moved
 from kit.flows.rdma_follows_migration.parameters import FollowsParameters
-from kit.memory.faults.access import load
+from kit.memory.faults.load_store import load
 from kit.memory.files.file import File
 from kit.memory.syscalls.mmap import mmap
 from kit.memory.types import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PAGE, PROT_READ, PROT_WRITE

@@ -7,7 +7,6 @@ faults, waits and errors come is the kernel's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from errno import EBUSY, EFAULT, EPERM
 from typing import TYPE_CHECKING
 
@@ -23,11 +22,12 @@ from kit.memory.device.hmm_entries import (
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
+    HmmRange,
     Stretch,
     classify,
 )
 from kit.memory.faults.fault import handle_mm_faults
-from kit.memory.notifier.mmu_notifier import MmuIntervalNotifier, mmu_interval_check_retry
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_check_retry
 from kit.memory.physical.memremap import pgmaps_where
 from kit.memory.types import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE, VM_FAULT_ERROR, VM_IO, VM_PFNMAP, VM_READ, Kind
 from kit.sim.trace import waiting_step
@@ -37,46 +37,13 @@ if TYPE_CHECKING:
     from kit.memory.space.vma import Vma
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["HMM_RANGE_DEFAULT_TIMEOUT", "HmmRange", "hmm_pfn_to_map_order", "hmm_pfn_to_pfn", "hmm_range_fault"]
+__all__ = ["HMM_RANGE_DEFAULT_TIMEOUT", "hmm_range_fault"]
 
 HMM_RANGE_DEFAULT_TIMEOUT = 1000  # milliseconds that a caller should go on retrying
 HMM_NEED_FAULT, HMM_NEED_WRITE_FAULT = 1, 2
 _AGAIN = -EBUSY  # of the walk, never of the caller: a fault was served or a migration waited for
 _LEAF = 512
 _STRETCH = 128 * _LEAF  # pages classified at once: their columns fit the cache
-
-
-@dataclass(eq=False, slots=True)
-class HmmRange:
-    """struct hmm_range: bytes [start, end) and what is asked and answered about each of their pages.
-
-    Attributes
-    ----------
-    notifier : MmuIntervalNotifier
-    notifier_seq : int
-        From `mmu_interval_read_begin`.
-    start, end : int
-        Bytes, page aligned.
-    hmm_pfns : ndarray of uint64, shape (pages,)
-        In: HMM_PFN_REQ_* flags; out: pfn, flags and order. On an error, partly overwritten.
-    default_flags, pfn_flags_mask : int
-        The request of a page is ``(hmm_pfns[i] & pfn_flags_mask) | default_flags``.
-    dev_private_owner : object
-        Whose device-private pages are reported as they are; None: nobody's.
-    """
-
-    notifier: MmuIntervalNotifier
-    notifier_seq: int
-    start: int
-    end: int
-    hmm_pfns: NDArray[np.uint64]
-    default_flags: int = 0
-    pfn_flags_mask: int = 0
-    dev_private_owner: object = None
-
-    def __post_init__(self) -> None:
-        if self.start % 4096 or self.end % 4096 or len(self.hmm_pfns) < (self.end - self.start) >> 12:
-            raise ValueError(f"hmm range {self.start:#x}..{self.end:#x} with {len(self.hmm_pfns)} entries")
 
 
 class HmmVmaWalk:
@@ -118,16 +85,6 @@ class HmmVmaWalk:
         out = self.range.hmm_pfns[page - self.first : stop - self.first]
         out &= np.uint64(HMM_PFN_INOUT_FLAGS)
         out |= np.uint64(value) if isinstance(value, int) else value
-
-
-def hmm_pfn_to_pfn(entries: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the page frame number of each entry; meaningful where HMM_PFN_VALID is set."""
-    return (entries & np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)).astype(np.int64)
-
-
-def hmm_pfn_to_map_order(entries: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the log2 of the pages that the CPU maps with one entry."""
-    return (entries >> np.uint64(HMM_PFN_ORDER_SHIFT) & np.uint64(31)).astype(np.int64)
 
 
 @waiting_step

@@ -1,4 +1,4 @@
-"""What entries of the CPU's page table say to a device: the encoding of include/linux/hmm.h @ 7.0 and its decisions."""
+"""What a device asks and what the CPU's entries say to it: words of include/linux/hmm.h @ 7.0, and the decisions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.physical.pages import ZERO_PFN
-from kit.memory.table.cpu_table import Slots
+from kit.memory.table.leaf_tables import Slots
 from kit.memory.types import Bit, Kind, Leaf
 
 if TYPE_CHECKING:
+    from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier
     from kit.memory.space.mm import Mm
 
 __all__ = [
     "HMM_PFN_DMA_MAPPED", "HMM_PFN_ERROR", "HMM_PFN_INOUT_FLAGS", "HMM_PFN_ORDER_SHIFT", "HMM_PFN_P2PDMA",
-    "HMM_PFN_P2PDMA_BUS", "HMM_PFN_REQ_FAULT", "HMM_PFN_REQ_WRITE", "HMM_PFN_VALID", "HMM_PFN_WRITE", "Stretch",
-    "classify",
+    "HMM_PFN_P2PDMA_BUS", "HMM_PFN_REQ_FAULT", "HMM_PFN_REQ_WRITE", "HMM_PFN_VALID", "HMM_PFN_WRITE", "HmmRange",
+    "Stretch", "classify", "hmm_pfn_to_map_order", "hmm_pfn_to_pfn",
 ]  # fmt: skip
 
 HMM_PFN_VALID = HMM_PFN_REQ_FAULT = 1 << 63
@@ -32,6 +33,49 @@ _VALID, _WRITE, _ERROR = np.uint64(HMM_PFN_VALID), np.uint64(HMM_PFN_WRITE), np.
 _FAULT, _FAULT_WRITE = np.uint64(HMM_PFN_REQ_FAULT), np.uint64(HMM_PFN_REQ_WRITE)
 _ORDERS = np.array([0, 9 << HMM_PFN_ORDER_SHIFT, 18 << HMM_PFN_ORDER_SHIFT], dtype=np.uint64)
 _LEAF = 512
+
+
+@dataclass(eq=False, slots=True)
+class HmmRange:
+    """struct hmm_range: bytes [start, end) and what is asked and answered about each of their pages.
+
+    Attributes
+    ----------
+    notifier : MmuIntervalNotifier
+    notifier_seq : int
+        From `mmu_interval_read_begin`.
+    start, end : int
+        Bytes, page aligned.
+    hmm_pfns : ndarray of uint64, shape (pages,)
+        In: HMM_PFN_REQ_* flags; out: pfn, flags and order. On an error, partly overwritten.
+    default_flags, pfn_flags_mask : int
+        The request of a page is ``(hmm_pfns[i] & pfn_flags_mask) | default_flags``.
+    dev_private_owner : object
+        Whose device-private pages are reported as they are; None: nobody's.
+    """
+
+    notifier: MmuIntervalNotifier
+    notifier_seq: int
+    start: int
+    end: int
+    hmm_pfns: NDArray[np.uint64]
+    default_flags: int = 0
+    pfn_flags_mask: int = 0
+    dev_private_owner: object = None
+
+    def __post_init__(self) -> None:
+        if self.start % 4096 or self.end % 4096 or len(self.hmm_pfns) < (self.end - self.start) >> 12:
+            raise ValueError(f"hmm range {self.start:#x}..{self.end:#x} with {len(self.hmm_pfns)} entries")
+
+
+def hmm_pfn_to_pfn(entries: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the page frame number of each entry; meaningful where HMM_PFN_VALID is set."""
+    return (entries & np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)).astype(np.int64)
+
+
+def hmm_pfn_to_map_order(entries: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the log2 of the pages that the CPU maps with one entry."""
+    return (entries >> np.uint64(HMM_PFN_ORDER_SHIFT) & np.uint64(31)).astype(np.int64)
 
 
 def _flags_of_states() -> NDArray[np.uint64]:

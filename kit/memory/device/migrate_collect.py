@@ -9,27 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kit.memory.device.migrate_select import Selection
 from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_WRITE,
     MIGRATE_VMA_SELECT_COMPOUND,
-    MIGRATE_VMA_SELECT_DEVICE_COHERENT,
-    MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
-    MIGRATE_VMA_SELECT_SYSTEM,
     MigrateVma,
     migrate_pfn,
 )
 from kit.memory.huge.huge_split import split_folio
-from kit.memory.notifier.mmu_notifier import (
-    EVENTS,
-    MmuNotifierRange,
-    mmu_notifier_invalidate_range_end,
-    mmu_notifier_invalidate_range_start,
-)
-from kit.memory.physical.memremap import DEVICE_COHERENT, DEVICE_PRIVATE, DevPagemap, pgmaps_where
+from kit.memory.notifier.mmu_notifier import mmu_notifier_invalidate_range_end, mmu_notifier_invalidate_range_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS, MmuNotifierRange
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.reclaim.rmap import set_migration_entries
 from kit.memory.types import HPAGE_PMD_NR, PG, Bit, Kind, Leaf
@@ -41,41 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["migrate_vma_collect"]
 
 _STRETCH = 128 * HPAGE_PMD_NR  # pages collected at once
-
-
-class Selection:
-    """Which pages a migration may take: its select flags, by pagemap; 0 is the host."""
-
-    def __init__(self, migrate: MigrateVma) -> None:
-        self.migrate, self.memory = migrate, migrate.area.mm.memory
-        self.system = bool(migrate.flags & MIGRATE_VMA_SELECT_SYSTEM)
-        self._known: list[DevPagemap | None] = []
-
-    @property
-    def private(self) -> NDArray[np.bool_]:
-        """Device-private entries, shape (pagemaps,)."""
-        return self._looked_up()[0]
-
-    @property
-    def present(self) -> NDArray[np.bool_]:
-        """Present pages, the host's or those of coherent device memory, shape (pagemaps,)."""
-        return self._looked_up()[1]
-
-    def _looked_up(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Look the owner's pagemaps up, again when some were plugged in or out while the collection waited."""
-        if self._known != self.memory.pgmaps:
-            self._known = list(self.memory.pgmaps)
-            private = self._chosen(DEVICE_PRIVATE, MIGRATE_VMA_SELECT_DEVICE_PRIVATE)
-            present = self._chosen(DEVICE_COHERENT, MIGRATE_VMA_SELECT_DEVICE_COHERENT)
-            present[0] = self.system
-            self._both = private, present
-        return self._both
-
-    def _chosen(self, kind: int, flag: int) -> NDArray[np.bool_]:
-        def ours(pgmap: DevPagemap) -> bool:
-            return pgmap.type == kind and pgmap.owner is self.migrate.pgmap_owner
-
-        return pgmaps_where(self.memory, ours) & bool(self.migrate.flags & flag)
 
 
 @waiting_step
@@ -184,7 +141,7 @@ def _collect_ptes(migrate: MigrateVma, thread: Thread, selection: Selection, pag
     present = kind == Kind.PRESENT
     if selection.system:
         empty |= present & (frame == ZERO_PFN)
-    eligible = _eligible(selection, migrate, kind, bits, frame)
+    eligible = selection.eligible(kind, bits, frame)
     whole = np.flatnonzero(eligible & (memory.order[np.where(eligible, frame, 0)] > 0))
     for at_whole in whole[np.diff(page + whole >> 9, prepend=-1) != 0].tolist() if len(whole) else ():
         # A folio that could not be split: nothing from there to the end of the PMD is collected.
@@ -219,18 +176,6 @@ def _collect_ptes(migrate: MigrateVma, thread: Thread, selection: Selection, pag
     thread.note(va=page << 12, pages=len(at))
 
 
-def _eligible(
-    selection: Selection, migrate: MigrateVma, kind: NDArray[np.uint8], bits: NDArray[np.uint8],
-    frame: NDArray[np.int32],
-) -> NDArray[np.bool_]:  # fmt: skip
-    """Return which PTEs name a page that the select flags and the owner allow."""
-    pgmap = migrate.area.mm.memory.pgmap
-    normal = (kind == Kind.PRESENT) & (bits & np.uint8(Bit.SPECIAL) == 0) & (frame != ZERO_PFN)
-    private = kind == Kind.DEVICE_PRIVATE
-    of = pgmap[np.where(normal | private, frame, 0)]
-    return np.asarray((normal & selection.present[of]) | (private & selection.private[of]))
-
-
 def _pte_run(migrate: MigrateVma, page: int, end: int) -> int:
     """Return where the run of PTE tables that begins at `page` ends."""
     if end <= (page | HPAGE_PMD_NR - 1) + 1:  # no further than this table
@@ -249,7 +194,7 @@ def _split_large_folios(migrate: MigrateVma, thread: Thread, selection: Selectio
     kind, bits, frame = mm.table.kind[slots], mm.table.bits[slots], mm.table.frame[slots]
     if len(kind) == 1 and kind[0] in (Kind.PRESENT, Kind.DEVICE_PRIVATE) and not memory.order[frame[0]]:
         return False  # as for nearly every CPU fault on a device page
-    large = _eligible(selection, migrate, kind, bits, frame)
+    large = selection.eligible(kind, bits, frame)
     large &= memory.order[np.where(large, frame, 0)] > 0
     if not large.any():
         return False

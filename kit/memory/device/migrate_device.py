@@ -18,18 +18,11 @@ from kit.memory.device.migrate_collect import migrate_vma_collect
 from kit.memory.device.migrate_vma import (
     MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
-    MIGRATE_PFN_SHIFT,
     MIGRATE_PFN_VALID,
-    MIGRATE_PFN_WRITE,
-    MIGRATE_VMA_SELECT_COMPOUND,
-    MIGRATE_VMA_SELECT_DEVICE_COHERENT,
-    MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
-    MIGRATE_VMA_SELECT_SYSTEM,
     MigratePfns,
     MigrateVma,
     migrate_pfn,
     migrate_pfn_to_pfn,
-    migrate_pieces,
 )
 from kit.memory.physical.memremap import is_device_private
 from kit.memory.reclaim.migrate_pages import migrate_pages
@@ -42,11 +35,8 @@ if TYPE_CHECKING:
     from kit.sim.engine import Thread, Wait
 
 __all__ = [
-    "MIGRATE_PFN_COMPOUND", "MIGRATE_PFN_MIGRATE", "MIGRATE_PFN_SHIFT", "MIGRATE_PFN_VALID", "MIGRATE_PFN_WRITE",
-    "MIGRATE_VMA_SELECT_COMPOUND", "MIGRATE_VMA_SELECT_DEVICE_COHERENT", "MIGRATE_VMA_SELECT_DEVICE_PRIVATE",
-    "MIGRATE_VMA_SELECT_SYSTEM", "MigratePfns", "MigrateVma", "migrate_device_coherent_folio",
-    "migrate_device_finalize", "migrate_device_pages", "migrate_device_pfns", "migrate_device_range", "migrate_pfn",
-    "migrate_pfn_to_pfn", "migrate_pieces", "migrate_vma_finalize", "migrate_vma_pages", "migrate_vma_setup",
+    "migrate_device_coherent_folio", "migrate_device_finalize", "migrate_device_pages", "migrate_device_pfns",
+    "migrate_device_range", "migrate_vma_finalize", "migrate_vma_pages", "migrate_vma_setup",
 ]  # fmt: skip
 
 _VALID, _MIGRATE, _COMPOUND = (np.uint64(f) for f in (MIGRATE_PFN_VALID, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_COMPOUND))

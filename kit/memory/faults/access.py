@@ -1,4 +1,4 @@
-"""What a program does to its memory: loads and stores, with every fault they take (arch/x86/mm/fault.c @ 7.0)."""
+"""A program's accesses to its pages, with every fault they take (arch/x86/mm/fault.c @ 7.0)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from kit.memory.space.vma import Vma
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["do_user_addr_fault", "load", "read_bytes", "store", "touch", "write_bytes"]
+__all__ = ["AHEAD", "do_user_addr_fault", "touch"]
 
 _CHUNK = 65536  # accesses looked up at once
 _WINDOW = 64  # accesses looked at together after a fault; twice as many while none is missing
-_AHEAD = 8192  # ... at most, and pages that one run of faults serves at most
+AHEAD = 8192  # ... at most, and pages that one run of faults serves at most
 
 
 def touch(
@@ -89,7 +89,7 @@ def _touch_chunk(
             if touch_us:
                 thread.charge(ran * touch_us)
             at += ran
-            window = min(2 * window, _AHEAD)
+            window = min(2 * window, AHEAD)
         if noted < at and (missing or at == count):
             done = slice(noted, at)
             used = slots[done] if straight < 0 else slice(straight + noted, straight + at)
@@ -107,7 +107,7 @@ def _touch_chunk(
                 if result & VM_FAULT_ERROR:
                     _fail(thread, page, result)
             else:
-                ahead = slice(at, at + _AHEAD)
+                ahead = slice(at, at + AHEAD)
                 some = at + np.flatnonzero(table.rights[slots[ahead]] < need[ahead])
                 yield from do_user_addr_fault(mm, thread, pages[some], write, writes[some])
             if table.made != made:
@@ -157,7 +157,7 @@ def _alike(
     mm: Mm, vma: Vma, pages: NDArray[np.int64], write: bool, writes: NDArray[np.bool_] | None
 ) -> NDArray[np.int64]:
     """Return the pages to fault in together: not more than half of free memory, so that the first one survives."""
-    limit = max(1, min(_AHEAD, max(mm.memory.free_pages // 2, min(512, mm.memory.system_frames // 16))))
+    limit = max(1, min(AHEAD, max(mm.memory.free_pages // 2, min(512, mm.memory.system_frames // 16))))
     other = (pages < vma.first) | (pages >= vma.end)
     if writes is not None:
         other |= writes != write
@@ -184,73 +184,3 @@ def _fail(thread: Thread, page: int, result: int) -> None:
     word = "SIGBUS" if result & (VM_FAULT_SIGBUS | VM_FAULT_HWPOISON) else "SIGSEGV"
     thread.note(va=page * PAGE, status=word)
     raise DriverError(errno.EFAULT, word, "do_user_addr_fault", f"address {page * PAGE:#x}: fault code {result:#x}")
-
-
-def _pages_with_right(mm: Mm, thread: Thread, pages: NDArray[np.int64], write: bool) -> Wait:
-    """Touch pages; return the frames of the longest beginning of them that is all there at this moment."""
-    pages = pages[: max(1, mm.memory.system_frames // 8)]
-    while True:
-        yield from touch(mm, thread, pages, write)
-        slots = mm.table.slots_of(pages)
-        there = mm.table.rights[slots] >= (2 if write else 1)
-        count = len(pages) if there.all() else int(there.argmin())
-        if count:
-            return mm.table.frame[slots[:count]].copy()
-        pages = pages[: max(1, len(pages) // 2)]  # memory is short: the last ones pushed the first ones out
-
-
-def read_bytes(mm: Mm, thread: Thread, start: int, length: int) -> Wait:
-    """Load `length` bytes from address `start`; returns ndarray of uint8. Frames must carry whole pages."""
-    _whole_pages(mm)
-    first, last = start // PAGE, (start + length - 1) // PAGE
-    parts, at = [], first
-    while at <= last:
-        frames = yield from _pages_with_right(mm, thread, np.arange(at, min(last + 1, at + _AHEAD)), False)
-        parts.append(mm.memory.payload[frames].reshape(-1).view(np.uint8))
-        at += len(frames)
-    whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    return whole[start - first * PAGE :][:length].copy()
-
-
-def write_bytes(mm: Mm, thread: Thread, start: int, data: NDArray[np.uint8]) -> Wait:
-    """Store bytes at address `start`. Frames must carry whole pages."""
-    _whole_pages(mm)
-    data = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
-    done = 0
-    while done < len(data):
-        page, inside = divmod(start + done, PAGE)
-        pages = np.arange(page, min(-(-(start + len(data)) // PAGE), page + _AHEAD))
-        frames = yield from _pages_with_right(mm, thread, pages, True)
-        size = min(len(frames) * PAGE - inside, len(data) - done)
-        content = mm.memory.payload[frames].view(np.uint8).reshape(-1)
-        content[inside : inside + size] = data[done : done + size]
-        mm.memory.payload[frames] = content.view(np.uint64).reshape(len(frames), -1)
-        done += size
-
-
-def load(mm: Mm, thread: Thread, pages: NDArray[np.int64]) -> Wait:
-    """Load each page's stamp (its first word); returns ndarray of uint64, shape (n,)."""
-    pages = np.asarray(pages, dtype=np.int64)
-    found = np.empty(len(pages), dtype=np.uint64)
-    at = 0
-    while at < len(pages):
-        frames = yield from _pages_with_right(mm, thread, pages[at : at + _AHEAD], False)
-        found[at : at + len(frames)] = mm.memory.payload[frames, 0]
-        at += len(frames)
-    return found
-
-
-def store(mm: Mm, thread: Thread, pages: NDArray[np.int64], stamps: NDArray[np.uint64] | int) -> Wait:
-    """Store a stamp into the first word of each page."""
-    pages = np.asarray(pages, dtype=np.int64)
-    stamps = np.broadcast_to(np.asarray(stamps, dtype=np.uint64), pages.shape)
-    at = 0
-    while at < len(pages):
-        frames = yield from _pages_with_right(mm, thread, pages[at : at + _AHEAD], True)
-        mm.memory.payload[frames, 0] = stamps[at : at + len(frames)]
-        at += len(frames)
-
-
-def _whole_pages(mm: Mm) -> None:
-    if mm.memory.payload_bytes != PAGE:
-        raise ValueError(f"payload_bytes = {mm.memory.payload_bytes}: bytes are there only with 4096")

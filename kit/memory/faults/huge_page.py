@@ -8,7 +8,8 @@ import numpy as np
 
 from kit.memory.faults.anon import anon_bits
 from kit.memory.huge.huge_split import __split_huge_pmd
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start
 from kit.memory.physical.memremap import page_pgmap
 from kit.memory.reclaim.alloc import alloc_huge_folio
 from kit.memory.reclaim.rmap import add_anon_rmap

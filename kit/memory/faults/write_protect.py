@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start, runs
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start, runs
 from kit.memory.physical.swap import folio_free_swap
 from kit.memory.reclaim.alloc import alloc_folios, portions
 from kit.memory.reclaim.rmap import add_anon_rmap, remove_rmap, rss_kind

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from kit.errors import Errno
 from kit.memory.faults.huge_page import install_huge
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start
 from kit.memory.reclaim.rmap import remove_rmap
 from kit.memory.types import HPAGE_PMD_NR, PAGE, PG, Bit, Kind, Leaf
 from kit.sim.trace import waiting_step

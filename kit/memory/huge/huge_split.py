@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kit.errors import Errno
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.reclaim.rmap import rmap_walk
 from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PAGE, PG, VM_HUGETLB, Bit, Kind, Leaf

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import Errno
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start
 from kit.memory.types import (
     FAULT_FLAG_UNSHARE,
     FAULT_FLAG_WRITE,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EVENTS", "MmuIntervalNotifier", "MmuIntervalNotifierOps", "MmuNotifier", "MmuNotifierOps", "MmuNotifierRange",
-    "MmuNotifierSubscriptions",
+    "MmuNotifierSubscriptions", "subscriptions_of",
 ]  # fmt: skip
 
 
@@ -146,3 +146,11 @@ class MmuNotifierSubscriptions:
         yield from thread.sync()
         while self.invalidate_seq == seq:
             yield from thread.wait(self.wq)
+
+
+def subscriptions_of(mm: Mm) -> MmuNotifierSubscriptions:
+    """Return what an mm knows of its watchers; RuntimeError when it has never had any."""
+    subscriptions = mm.notifier_subscriptions
+    if subscriptions is None:
+        raise RuntimeError("the address space has no notifier subscriptions: insert or register first")
+    return subscriptions

@@ -7,19 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.notifier.mmu_notifier import (
-    EVENTS,
-    MmuNotifierRange,
-    mmu_notifier_invalidate_range_end,
-    mmu_notifier_invalidate_range_start,
-)
+from kit.memory.notifier.mmu_notifier import mmu_notifier_invalidate_range_end, mmu_notifier_invalidate_range_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS, MmuNotifierRange
 from kit.memory.types import PAGE
 
 if TYPE_CHECKING:
     from kit.memory.space.mm import Mm
     from kit.sim.engine import Thread, Wait
 
-__all__ = ["EVENTS", "invalidate_end", "invalidate_start", "runs"]
+__all__ = ["invalidate_end", "invalidate_start", "runs"]
 
 
 def runs(pages: NDArray[np.int64]) -> list[tuple[int, int]]:

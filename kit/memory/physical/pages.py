@@ -1,9 +1,7 @@
 """Physical memory: one space of page frame numbers for host and device memory, as columns over pfn.
 
-Folio state of a large folio lives on its head: `refcount`, `mapcount` (a PMD or PUD mapping counts 1, each PTE
-mapping of one of its pages counts 1), `pincount` and all flags but ANON_EXCLUSIVE and HWPOISON. `order`, `mapping`
-and `index` are kept on every page. A pin is one reference and one `pincount` on folios of every size.
-Code between two waits is atomic, which is what the kernel's page-table and LRU locks give; they are not simulated.
+A pin is one reference and one `pincount` on folios of every size. Code between two waits is atomic, which is what the
+kernel's page-table and LRU locks give; they are not simulated.
 """
 
 from __future__ import annotations
@@ -15,16 +13,14 @@ import simpy
 from numpy.typing import NDArray
 
 from kit.memory.costs import make_costs
-from kit.memory.physical.frame_pool import FramePool
-from kit.memory.physical.frames import Frames
+from kit.memory.physical.page_alloc import PageAllocator
 from kit.memory.physical.swap import SwapArea
-from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PG
+from kit.memory.types import HPAGE_PMD_NR, PG
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kit.memory.device.migrate_vma import MigrateVma
-    from kit.memory.physical.memremap import DevPagemap
     from kit.memory.space.vma import RmapRoot
     from kit.sim.engine import Engine, Thread, Wait
 
@@ -45,7 +41,7 @@ def tally(column: NDArray[np.int32], where: NDArray[np.integer], by: int) -> Non
         np.add.at(column, where, by)
 
 
-class PhysicalMemory(Frames):
+class PhysicalMemory(PageAllocator):
     """Host memory, the device memory that drivers add to it, and swap.
 
     Parameters
@@ -62,28 +58,14 @@ class PhysicalMemory(Frames):
     def __init__(
         self, engine: Engine, system_frames: int, device_frames: int = 0, payload_bytes: int = 8, swap_slots: int = 0
     ) -> None:
-        total = system_frames + device_frames
-        super().__init__("host memory", total, payload_bytes)
+        super().__init__(system_frames, device_frames, payload_bytes)
         self.engine = engine
-        self.system_frames, self.total = system_frames, total
-        self.refcount = np.zeros(total, dtype=np.int32)
-        self.mapcount = np.zeros(total, dtype=np.int32)
-        self.pincount = np.zeros(total, dtype=np.int32)
-        self.flags = np.zeros(total, dtype=np.uint16)
-        self.order = np.zeros(total, dtype=np.uint8)
-        self.mapping = np.zeros(total, dtype=np.int32)
-        self.index = np.zeros(total, dtype=np.int64)
-        self.pgmap = np.zeros(total, dtype=np.int16)
-        self.zone_device_data = np.zeros(total, dtype=np.int64)
-        self.swap_slot = np.zeros(total, dtype=np.int32)  # of pages in the swap cache
-        self.lru_stamp = np.zeros(total, dtype=np.int64)  # order in which pages came to the LRU
-        self.ensure(total if device_frames else 1)  # host memory's payload comes with its frames
+        self.zone_device_data = np.zeros(self.total, dtype=np.int64)
+        self.swap_slot = np.zeros(self.total, dtype=np.int32)  # of pages in the swap cache
+        self.lru_stamp = np.zeros(self.total, dtype=np.int64)  # order in which pages came to the LRU
         self.swap = SwapArea(swap_slots, self.words)
-        self.pgmaps: list[DevPagemap | None] = [None]
         self.mappings: list[RmapRoot | None] = [None]
         self.huge_zero: int = -1  # pfn of the huge zero page, once somebody needed it
-        self.hugetlb_free: dict[int, list[int]] = {}  # order -> heads of free hugetlb folios
-        self.hugetlb_reserved: dict[int, int] = {}  # order -> how many of them are promised
         self.stamps = 0  # LRU clock
         self.lru_queue = np.zeros(0, dtype=np.int64)  # folios in LRU order, as of stamp `lru_cut`, not yet looked at
         self.lru_cut = 0
@@ -91,77 +73,11 @@ class PhysicalMemory(Frames):
         self.thp = "madvise"  # /sys/kernel/mm/transparent_hugepage/enabled: always, madvise or never
         self.vm_events: dict[str, int] = {}
         self.observer: Callable[[str, MigrateVma], None] | None = None  # told of the phases of each migration
-        self.pool = FramePool(system_frames, 1)
         self._unlocked: simpy.Event | None = None
         self.refcount[ZERO_PFN] = 1
         self.flags[ZERO_PFN] = PG.RESERVED
 
-    # -- allocation -----------------------------------------------------------------------------------------------
-
-    @property
-    def free_pages(self) -> int:
-        """Frames of host memory that nobody has."""
-        return self.pool.free
-
-    @property
-    def used(self) -> int:
-        """Frames of host memory that somebody has, the zero page not counted."""
-        return self.system_frames - 1 - self.pool.free
-
-    def alloc_pages(self, n: int) -> NDArray[np.int32] | None:
-        """Take `n` single pages, refcount 1 each, content undefined; None when there are not so many."""
-        pfns = self.pool.take(n)
-        if pfns is not None:
-            self.prep(pfns, 0)
-            self.ensure(self.pool.top)
-        return pfns
-
-    def alloc_huge(self) -> int | None:
-        """Take one order-9 folio, refcount 1; return its head, or None when no 2 MiB of memory is in one piece."""
-        head = self.pool.take_huge()
-        if head is not None:
-            self.prep(np.array([head]), HPAGE_PMD_ORDER)
-            self.ensure(self.pool.top)
-        return head
-
-    def set_hugetlb_pool(self, order: int, count: int) -> int:
-        """Put `count` folios of `order` (9 or 18) aside for hugetlb mappings (nr_hugepages); return how many it got."""
-        self.hugetlb_reserved.setdefault(order, 0)
-        got = self.pool.carve(1 << order, count)
-        self.hugetlb_free.setdefault(order, []).extend(got)
-        self.ensure(self.pool.top)
-        return len(got)
-
-    def prep(self, heads: NDArray[np.integer], order: int) -> None:
-        """Make free pages folios of `order` with one reference each and no other state."""
-        self.refcount[heads] = 1
-        self.mapcount[heads] = self.pincount[heads] = 0
-        blocks = self.block(heads, order)
-        self.flags[blocks], self.order[blocks], self.mapping[blocks], self.index[blocks] = 0, order, 0, 0
-
-    def block(self, heads: NDArray[np.integer], order: int) -> NDArray[np.integer]:
-        """Return all pages of folios of one `order`, shape (len(heads) << order,)."""
-        if order == 0:
-            return heads
-        return (np.asarray(heads, dtype=np.int64)[:, None] + np.arange(1 << order)).ravel()
-
-    def free_mask(self) -> NDArray[np.bool_]:
-        """Return which frames of host memory are free or in the hugetlb pool, shape (system_frames,)."""
-        free = self.pool.free_mask()
-        for order, pool in self.hugetlb_free.items():
-            for head in pool:
-                free[head : head + (1 << order)] = True
-        return free
-
     # -- references -----------------------------------------------------------------------------------------------
-
-    def head(self, pfns: NDArray[np.integer]) -> NDArray[np.integer]:
-        """Return the head of each page's folio."""
-        pfns = np.asarray(pfns)
-        if len(pfns) == 1 and not self.order[pfns[0]]:
-            return pfns
-        order = self.order[pfns]
-        return pfns >> order << order if order.any() else pfns
 
     def get(self, pfns: NDArray[np.integer] | int) -> None:
         """Take one reference on each page's folio."""
@@ -200,43 +116,6 @@ class PhysicalMemory(Frames):
         cached = ((flags & PG.SWAPCACHE) != 0) | ((self.mapping[heads] != 0) & ((flags & PG.ANON) == 0))
         pages = np.where(flags & PG.HUGETLB, 1, pages)
         return np.asarray(self.mapcount[heads] + np.where(cached, pages, 0))
-
-    def _free(self, heads: NDArray[np.integer]) -> None:
-        if self.mapcount[heads].any():
-            raise RuntimeError(f"pages {heads[self.mapcount[heads] != 0][:8]} are freed while mapped")
-        device = self.pgmap[heads]
-        if device.any():
-            self._free_device(heads[device > 0])
-            heads = heads[device == 0]
-        order = self.order[heads]
-        single = heads[order == 0]
-        self.flags[single] = 0
-        self.mapping[single] = 0
-        self.pool.give(single)
-        for head in heads[order > 0].tolist():
-            size = 1 << int(self.order[head])
-            hugetlb = bool(self.flags[head] & PG.HUGETLB)
-            self.flags[head : head + size] = 0
-            self.mapping[head : head + size] = 0
-            if hugetlb:
-                self.hugetlb_free[int(self.order[head])].append(head)
-            else:
-                self.pool.give_huge(head)
-            self.order[head : head + size] = 0
-
-    def _free_device(self, heads: NDArray[np.integer]) -> None:
-        """free_zone_device_folio: the driver gets its pages back; their order is still the folio's."""
-        for order in (0, HPAGE_PMD_ORDER):
-            some = heads[self.order[heads] == order]
-            if len(some):
-                blocks = self.block(some, order)
-                self.flags[blocks] = 0
-                self.mapping[blocks] = 0
-        for at in range(1, len(self.pgmaps)):
-            pgmap = self.pgmaps[at]
-            own = heads[self.pgmap[heads] == at]
-            if len(own) and pgmap is not None:
-                pgmap.ops.folio_free(own)
 
     # -- page locks -----------------------------------------------------------------------------------------------
 

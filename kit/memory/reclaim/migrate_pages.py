@@ -21,12 +21,8 @@ from kit.memory.device.migrate_vma import (
     migrate_pfn_to_pfn,
 )
 from kit.memory.huge.huge_split import __split_huge_pmd
-from kit.memory.notifier.mmu_notifier import (
-    EVENTS,
-    MmuNotifierRange,
-    mmu_notifier_invalidate_range_end,
-    mmu_notifier_invalidate_range_start,
-)
+from kit.memory.notifier.mmu_notifier import mmu_notifier_invalidate_range_end, mmu_notifier_invalidate_range_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS, MmuNotifierRange
 from kit.memory.physical.memremap import MEMORY_DEVICE_PRIVATE, pgmaps_where
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.physical.swap import folio_free_swap

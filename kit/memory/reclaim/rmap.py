@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start, runs
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start, runs
 from kit.memory.physical.memremap import MEMORY_DEVICE_PRIVATE
 from kit.memory.physical.pages import tally
 from kit.memory.space.vma import Vma

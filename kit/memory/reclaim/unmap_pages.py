@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start, runs
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start, runs
 from kit.memory.reclaim.rmap import remove_rmap, rmap_walk, try_share_anon_rmap
 from kit.memory.types import PG, VM_LOCKED, Bit, Kind
 from kit.sim.trace import waiting_step

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.huge.huge_split import split_edges
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start
 from kit.memory.reclaim.rmap import MAPPED
 from kit.memory.types import PAGE, PG, VM_HUGETLB, Bit, Kind
 from kit.sim.trace import step, waiting_step

@@ -15,7 +15,7 @@ from kit.sim.costs import Costs
 from kit.sim.engine import RwLock
 
 if TYPE_CHECKING:
-    from kit.memory.notifier.mmu_notifier import MmuNotifierSubscriptions
+    from kit.memory.notifier.mmu_notifier_types import MmuNotifierSubscriptions
     from kit.memory.physical.pages import PhysicalMemory
     from kit.sim.engine import Engine, Thread
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kit.memory.notifier.mmu_notifier import (
-    EVENTS,
-    MmuNotifierRange,
     mmu_notifier_invalidate_range_end,
     mmu_notifier_invalidate_range_start_nonblock,
     mmu_notifier_release,
 )
+from kit.memory.notifier.mmu_notifier_types import EVENTS, MmuNotifierRange
 from kit.memory.reclaim.zap import free_pgtables, unmap_vmas, zap_slots
 from kit.memory.space.vma_ops import vma_close
 from kit.memory.types import VM_HUGETLB, VM_PFNMAP, VM_SHARED

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from kit.errors import Errno
 from kit.memory.device.exclusive import restore_exclusive_pte
 from kit.memory.huge.huge_split import __split_huge_pmd
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start
 from kit.memory.reclaim.alloc import alloc_folios
 from kit.memory.reclaim.rmap import add_anon_rmap
 from kit.memory.space.mm import Mm

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from kit.errors import Errno
 from kit.memory.huge.collapse import madvise_collapse
 from kit.memory.huge.huge_split import split_folio
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start
 from kit.memory.reclaim.reclaim import reclaim_pages
 from kit.memory.reclaim.zap import free_swap_and_cache, zap_page_range_single
 from kit.memory.space.vma_ops import split_at, vma_merge

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from kit.errors import Errno
 from kit.memory.huge.huge_split import split_edges
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start
 from kit.memory.space.vma_ops import split_at, vma_merge
 from kit.memory.types import (
     PAGE,

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from kit.errors import Errno
 from kit.memory.huge.huge_split import __split_huge_pmd
-from kit.memory.notifier.notify import EVENTS, invalidate_end, invalidate_start
+from kit.memory.notifier.mmu_notifier_types import EVENTS
+from kit.memory.notifier.notify import invalidate_end, invalidate_start
 from kit.memory.space.unmapped_area import get_unmapped_area
 from kit.memory.space.vma import Vma
 from kit.memory.space.vma_ops import split_at, vma_merge

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.notifier.mmu_notifier import EVENTS
+from kit.memory.notifier.mmu_notifier_types import EVENTS
 from kit.report.events import step_event_columns
 from kit.report.figures.window import COLUMN, spans_of
 from kit.report.tables import ADDRESS, Table

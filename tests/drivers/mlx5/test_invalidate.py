@@ -13,12 +13,11 @@ from kit.drivers.mlx5.enums import PAGE, Access, Era
 from kit.drivers.mlx5.mr.restrack import fill_stat_mr_entry
 from kit.drivers.mlx5.odp.invalidate import blocks_to_zap
 from kit.memory.notifier.mmu_notifier import (
-    EVENTS,
-    MmuNotifierRange,
     mmu_notifier_invalidate_range_end,
     mmu_notifier_invalidate_range_start,
     mmu_notifier_invalidate_range_start_nonblock,
 )
+from kit.memory.notifier.mmu_notifier_types import EVENTS, MmuNotifierRange
 from kit.memory.types import PG
 
 ERAS = [Era.MID, Era.NEW]

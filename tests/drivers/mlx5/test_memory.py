@@ -12,7 +12,7 @@ from kit.drivers.mlx5.core.waiting import DelayedWork, Semaphore, WaitQueue, Wor
 from kit.drivers.mlx5.costs import COSTS, make_costs
 from kit.drivers.mlx5.enums import PAGE, Access, Era
 from kit.errors import ParameterError
-from kit.memory.faults.access import load, store
+from kit.memory.faults.load_store import load, store
 from kit.memory.syscalls.fork import fork
 from kit.memory.syscalls.madvise import madvise
 from kit.memory.syscalls.mmap import mmap

@@ -22,7 +22,7 @@ from kit.drivers.mlx5.verbs import alloc_pd, connect, create_cq, create_qp, open
 from kit.drivers.mlx5.verbs_post import post_recv, post_send, wait_cq
 from kit.memory.costs import COSTS as MM_COSTS
 from kit.memory.costs import make_costs as make_mm_costs
-from kit.memory.faults.access import read_bytes, write_bytes
+from kit.memory.faults.load_store import read_bytes, write_bytes
 from kit.memory.physical.pages import PhysicalMemory
 from kit.memory.space.mm import Mm
 from kit.memory.syscalls.madvise import madvise

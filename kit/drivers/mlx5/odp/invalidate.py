@@ -13,12 +13,14 @@ from kit.drivers.mlx5.odp.fault import count
 from kit.drivers.mlx5.odp.implicit import destroy_unused_implicit_child_mr
 from kit.drivers.mlx5.umem.odp import IbUmemOdp
 from kit.drivers.mlx5.umem.odp_map import ib_umem_odp_unmap_dma_pages
-from kit.memory.notifier.mmu_notifier import MmuIntervalNotifierOps, mmu_interval_set_seq, mmu_notifier_range_blockable
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_set_seq
+from kit.memory.notifier.mmu_notifier import mmu_notifier_range_blockable
+from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifierOps
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:
-    from kit.memory.notifier.mmu_notifier import MmuIntervalNotifier, MmuNotifierRange
+    from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier, MmuNotifierRange
 
 __all__ = ["Block", "blocks_to_zap", "mlx5_ib_invalidate_range", "mlx5_mn_ops"]
 

@@ -13,7 +13,7 @@ from kit.drivers.mlx5.enums import MTT_READ, MTT_WRITE, PAGE_SHIFT, Era
 from kit.drivers.mlx5.objects import UPD_XLT_DOWNGRADE, UPD_XLT_INDIRECT, UPD_XLT_ZAP
 from kit.drivers.mlx5.umem.odp import MAPPED, VALID, WRITE
 from kit.errors import Errno
-from kit.memory.device.hmm import hmm_pfn_to_pfn
+from kit.memory.device.hmm_entries import hmm_pfn_to_pfn
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 

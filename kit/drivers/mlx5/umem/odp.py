@@ -20,11 +20,8 @@ from kit.memory.device.hmm_entries import (
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
 )
-from kit.memory.notifier.mmu_notifier import (
-    MmuIntervalNotifier,
-    mmu_interval_notifier_insert,
-    mmu_interval_notifier_remove,
-)
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_notifier_insert, mmu_interval_notifier_remove
+from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier
 from kit.memory.syscalls.exit import mmput
 from kit.sim.engine import Lock, Thread, Wait
 from kit.sim.trace import step, waiting_step
@@ -32,7 +29,7 @@ from kit.sim.trace import step, waiting_step
 if TYPE_CHECKING:
     from kit.drivers.mlx5.device import Mlx5IbDev
     from kit.drivers.mlx5.objects import Mlx5IbMr
-    from kit.memory.notifier.mmu_notifier import MmuIntervalNotifierOps
+    from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifierOps
     from kit.memory.space.mm import Mm
 
 __all__ = [

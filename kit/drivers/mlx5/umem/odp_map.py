@@ -12,11 +12,12 @@ from kit.drivers.mlx5.core.linux import hmm_dma_unmap_pfn, ib_dma_map_page, ib_d
 from kit.drivers.mlx5.enums import PAGE_SHIFT, Era
 from kit.drivers.mlx5.umem.odp import MAPPED, ODP_READ, ODP_WRITE, RIGHTS, VALID, WRITE, IbUmemOdp
 from kit.errors import Errno
-from kit.memory.device import hmm
-from kit.memory.device.hmm import HmmRange, hmm_pfn_to_pfn, hmm_range_fault
-from kit.memory.device.hmm_entries import HMM_PFN_INOUT_FLAGS, HMM_PFN_ORDER_SHIFT, HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE
-from kit.memory.notifier import mmu_notifier
-from kit.memory.notifier.mmu_notifier import MmuIntervalNotifier, mmu_interval_read_begin
+from kit.memory.device import hmm_entries
+from kit.memory.device.hmm import hmm_range_fault
+from kit.memory.device.hmm_entries import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HmmRange, hmm_pfn_to_pfn
+from kit.memory.notifier import mmu_interval_notifier
+from kit.memory.notifier.mmu_interval_notifier import mmu_interval_read_begin
+from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier
 from kit.memory.syscalls.exit import exit_mmap
 from kit.memory.types import PG
 from kit.sim.engine import Thread, Wait
@@ -30,21 +31,21 @@ if TYPE_CHECKING:
 __all__ = ["ib_umem_odp_map_dma_and_lock", "ib_umem_odp_unmap_dma_pages", "mmput_async", "set_page_dirty"]
 
 ADDRESS = ~RIGHTS  # ODP_DMA_ADDR_MASK
-STICKY = np.uint64(HMM_PFN_INOUT_FLAGS)
+STICKY = np.uint64(hmm_entries.HMM_PFN_INOUT_FLAGS)
 HMM_RANGE_DEFAULT_TIMEOUT = 1e6  # microseconds: 1000 ms (include/linux/hmm.h)
-NO_FLAGS = np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)  # ~HMM_PFN_FLAGS
+NO_FLAGS = np.uint64((1 << hmm_entries.HMM_PFN_ORDER_SHIFT) - 1)  # ~HMM_PFN_FLAGS
 
 
 @step
 def mmu_interval_read_retry(sub: MmuIntervalNotifier, thread: Thread, seq: int) -> bool:
     """Whether an invalidation has come since `seq` was read (mm/mmu_notifier.c)."""
-    return mmu_notifier.mmu_interval_read_retry(sub, seq)
+    return mmu_interval_notifier.mmu_interval_read_retry(sub, seq)
 
 
 @step
 def hmm_pfn_to_map_order(entries: NDArray[np.uint64], thread: Thread) -> NDArray[np.int64]:
     """How large the CPU's own mapping of each page is (include/linux/hmm.h)."""
-    return hmm.hmm_pfn_to_map_order(entries)
+    return hmm_entries.hmm_pfn_to_map_order(entries)
 
 
 @step
