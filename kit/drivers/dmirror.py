@@ -47,7 +47,8 @@ from kit.memory.space.vma import Vma
 from kit.memory.syscalls.exit import mmput
 from kit.memory.table.cpu_table import CpuTable
 from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, VM_FAULT_OOM, VM_FAULT_SIGBUS, Vmf
-from kit.sim.engine import Lock, Thread, Wait
+from kit.sim.engine import Thread, Wait
+from kit.sim.locks import Lock
 from kit.sim.trace import step, waiting_step
 
 

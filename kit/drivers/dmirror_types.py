@@ -16,7 +16,8 @@ from kit.memory.reclaim.alloc import alloc_folios
 from kit.memory.table.cpu_table import CpuTable
 from kit.memory.types import HPAGE_PMD_NR
 from kit.sim.costs import Costs
-from kit.sim.engine import Lock, Thread, Wait
+from kit.sim.engine import Thread, Wait
+from kit.sim.locks import Lock
 
 if TYPE_CHECKING:
     from kit.drivers.dmirror import Dmirror

@@ -26,7 +26,8 @@ from kit.memory.notifier.mmu_interval_notifier import (
 )
 from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier, MmuIntervalNotifierOps, MmuNotifierRange
 from kit.memory.types import PAGE
-from kit.sim.engine import Lock, Thread, Wait
+from kit.sim.engine import Thread, Wait
+from kit.sim.locks import Lock
 
 SNAPSHOT, READ, WRITE = 0, int(HMM_PFN_REQ_FAULT), int(HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE)
 VALID, WRITABLE, ERROR = int(HMM_PFN_VALID), int(HMM_PFN_WRITE), int(HMM_PFN_ERROR)

@@ -51,7 +51,8 @@ from kit.memory.types import (
     Bit,
     Kind,
 )  # fmt: skip
-from kit.sim.engine import Engine, RwLock
+from kit.sim.engine import Engine
+from kit.sim.locks import RwLock
 
 RW, ANON, SHARED = PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, MAP_SHARED | MAP_ANONYMOUS
 HUGE = 512 * PAGE

@@ -32,7 +32,8 @@ from kit.memory.notifier.mmu_notifier_types import (
     MmuNotifierOps,
     MmuNotifierRange,
 )
-from kit.sim.engine import Engine, Lock
+from kit.sim.engine import Engine
+from kit.sim.locks import Lock
 
 M = 1 << 20
 

@@ -8,7 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from kit.sim.engine import Engine, Lock, Thread, Wait
+from kit.sim.engine import Engine, Thread, Wait
+from kit.sim.locks import Lock
 
 
 def visitor(

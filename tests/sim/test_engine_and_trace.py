@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kit.sim.engine import Engine, Lock
+from kit.sim.engine import Engine
+from kit.sim.locks import Lock
 from kit.sim.trace import SPAN_COLUMNS, Trace, step, waiting_step
 
 

@@ -11,7 +11,8 @@ from kit.drivers.mlx5.enums import PAGE_SHIFT, U64_MAX, Era
 from kit.drivers.mlx5.inject import Injection
 from kit.drivers.mlx5.objects import IbPd, Mlx5IbMkey
 from kit.sim.costs import Costs
-from kit.sim.engine import Lock, Thread
+from kit.sim.engine import Thread
+from kit.sim.locks import Lock
 from kit.sim.trace import step
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from kit.memory.physical.frames import Frames
 from kit.memory.table.pagemask import run_count
 from kit.memory.table.pagetable import GEOMETRIES, PageTable
 from kit.sim.costs import Costs
-from kit.sim.engine import Engine, Lock
+from kit.sim.engine import Engine
+from kit.sim.locks import Lock
 from kit.sim.machine import Machine
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from kit.memory.physical.content import Content
 from kit.memory.table.pagemask import from_bools, region
-from kit.sim.engine import Engine, Lock
+from kit.sim.engine import Engine
+from kit.sim.locks import Lock
 
 if TYPE_CHECKING:
     from kit.drivers.uvm.gpu import Gpu

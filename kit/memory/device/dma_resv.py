@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import simpy
 
-from kit.sim.engine import Lock
+from kit.sim.locks import Lock
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:

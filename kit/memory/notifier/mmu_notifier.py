@@ -17,7 +17,8 @@ from kit.memory.notifier.mmu_notifier_types import (
     MmuNotifierSubscriptions,
     subscriptions_of,
 )
-from kit.sim.engine import Lock, Thread, Wait
+from kit.sim.engine import Thread, Wait
+from kit.sim.locks import Lock
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:

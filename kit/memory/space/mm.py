@@ -12,7 +12,7 @@ from kit.memory.space.vma import AnonFamily, Vma
 from kit.memory.table.cpu_table import CpuTable
 from kit.memory.types import PAGE, VM_ACCESS_FLAGS
 from kit.sim.costs import Costs
-from kit.sim.engine import RwLock
+from kit.sim.locks import RwLock
 
 if TYPE_CHECKING:
     from kit.memory.notifier.mmu_notifier_types import MmuNotifierSubscriptions

@@ -22,7 +22,7 @@ from kit.drivers.mlx5.enums import AccessMode, PageFaultSubtype, QpState, WcStat
 from kit.drivers.mlx5.parameters import HcaCounters, HcaParameters
 from kit.errors import Errno
 from kit.sim.costs import Costs
-from kit.sim.engine import Lock
+from kit.sim.locks import Lock
 
 if TYPE_CHECKING:
     from kit.drivers.mlx5.adapter.fabric import Fabric

@@ -13,7 +13,8 @@ from kit.drivers.mlx5.device import MLX5_MAX_UMR_SHIFT, mlx5r_umr_can_load_pas
 from kit.drivers.mlx5.enums import PAGE_SHIFT, Access, AccessMode, Era
 from kit.drivers.mlx5.objects import IbPd, RbKey
 from kit.errors import Errno
-from kit.sim.engine import Lock, Thread, Wait
+from kit.sim.engine import Thread, Wait
+from kit.sim.locks import Lock
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ from kit.drivers.mlx5.descriptors import PageFaultEqe
 from kit.drivers.mlx5.enums import Era, PageFaultSubtype
 from kit.drivers.mlx5.odp.page_fault import Pagefault, mlx5_ib_pfault
 from kit.errors import Errno
-from kit.sim.engine import Lock, Thread, Wait
+from kit.sim.engine import Thread, Wait
+from kit.sim.locks import Lock
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:

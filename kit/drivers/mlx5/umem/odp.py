@@ -23,7 +23,8 @@ from kit.memory.device.hmm_entries import (
 from kit.memory.notifier.mmu_interval_notifier import mmu_interval_notifier_insert, mmu_interval_notifier_remove
 from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier
 from kit.memory.syscalls.exit import mmput
-from kit.sim.engine import Lock, Thread, Wait
+from kit.sim.engine import Thread, Wait
+from kit.sim.locks import Lock
 from kit.sim.trace import step, waiting_step
 
 if TYPE_CHECKING:
