@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kit.drivers.mlx5.enums import AccessMode
 from kit.flows import registry
 
 HUGE_AND_RECLAIMED = [
@@ -51,3 +52,13 @@ def test_a_pinned_buffer_whose_pages_were_given_up_receives_messages_nobody_sees
     run = registry.run("rc_pingpong", "", {"page_out": "madvise", "odp": odp})
     assert any("stale data" in error for error in run.errors) == (not odp)
     assert bool(run.integrity.lost) == (not odp)
+
+
+def test_looking_at_a_table_does_not_fill_it() -> None:
+    """A child's table has 2**18 entries, of which a run fills a few: the others cost nothing when the key goes."""
+    session = registry.open("mlx5_implicit_mr", given={"areas": 3, "rounds": 2})
+    session.finish()
+    tables = [key for key in session.responder.dev.hca.mkeys.mkeys.values() if len(key.entries) == 1 << 18]
+    children = [key for key in tables if key.mkc.access_mode == AccessMode.MTT]
+    assert len(children) >= 3
+    assert [key.filled for key in children if key.filled.stop - key.filled.start > 64] == []

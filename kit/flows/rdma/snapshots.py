@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["STATES", "write_state"]
 
 STATES = ("pfn_list", "dma_list", "hardware_mtt", "hardware_ksm")
+BLOCK = 512
 MOST_RUNS = 20_000  # a table that changes more often than that is written as whole blocks that hold something
 VALID = 1 << 63
 
@@ -50,23 +51,37 @@ def write_state(trace: Trace, dev: Mlx5IbDev, mr: Mlx5IbMr, now: float) -> None:
         return
     hardware = dev.hca.mkeys.get(mr.mmkey.key)
     if hardware is not None and not hardware.mkc.free:
-        shift = hardware.mkc.log_page_size
-        _runs(trace, "hardware_mtt", dev.hca.name, hardware.xlt & np.uint64(MTT_PRESENT), mr.iova, shift, now)
+        shift, at = hardware.mkc.log_page_size, _blocks(hardware.filled)
+        present = hardware.entries[at] & np.uint64(MTT_PRESENT)
+        _runs(trace, "hardware_mtt", dev.hca.name, present, mr.iova + (at.start << shift), shift, now)
     if mr.is_odp:
         odp = cast("IbUmemOdp", mr.umem)
-        present = (odp.pfn_list >> np.uint64(63)) & np.uint64(1)
-        _runs(trace, "pfn_list", dev.hca.name, present, odp.start, PAGE_SHIFT, now)
-        mapped = (odp.dma_list != 0).astype(np.uint64)
-        _runs(trace, "dma_list", dev.hca.name, mapped, odp.start, odp.page_shift, now)
+        at = _blocks(_nonzero(odp.pfn_list))
+        present = (odp.pfn_list[at] >> np.uint64(63)) & np.uint64(1)
+        _runs(trace, "pfn_list", dev.hca.name, present, odp.start + (at.start << PAGE_SHIFT), PAGE_SHIFT, now)
+        at = _blocks(_nonzero(odp.dma_list))
+        mapped = (odp.dma_list[at] != 0).astype(np.uint64)
+        _runs(trace, "dma_list", dev.hca.name, mapped, odp.start + (at.start << odp.page_shift), odp.page_shift, now)
+
+
+def _nonzero(entries: NDArray[np.uint64]) -> slice:
+    """Return the part of a table that holds everything it says."""
+    at = (entries != 0).nonzero()[0]  # booleans are searched ten times faster than numbers
+    return slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)
+
+
+def _blocks(part: slice) -> slice:
+    """Return a part of a table from a whole block on (`_runs`)."""
+    return slice(part.start // BLOCK * BLOCK, part.stop)
 
 
 def _slots(trace: Trace, dev: Mlx5IbDev, mr: Mlx5IbMr, now: float) -> None:
     hardware = dev.hca.mkeys.get(mr.mmkey.key)
-    if hardware is None or hardware.mkc.free or hardware.xlt.dtype != KLM:
+    if hardware is None or hardware.mkc.free or hardware.entries.dtype != KLM:
         return
     null = {dev.hca.null_mkey, mr.null_mmkey.key, 0}
     size = dev.imr.mtt_size
-    keys = hardware.xlt["key"]
+    keys = hardware.entries["key"]
     for slot in np.flatnonzero(keys != dev.hca.null_mkey).tolist():
         if int(keys[slot]) not in null:
             trace.span("hardware_ksm", dev.hca.name, now, now, va=slot * size, pages=size >> PAGE_SHIFT, value=slot)
@@ -78,8 +93,8 @@ def _runs(
     """Append one span for each run of equal entries that are not 0."""
     change = np.flatnonzero(entries[1:] != entries[:-1]) + 1
     if len(change) > MOST_RUNS:
-        pad = -len(entries) % 512
-        entries = np.pad(entries, (0, pad)).reshape(-1, 512).max(axis=1)
+        pad = -len(entries) % BLOCK
+        entries = np.pad(entries, (0, pad)).reshape(-1, BLOCK).max(axis=1)
         shift += 9
         change = np.flatnonzero(entries[1:] != entries[:-1]) + 1
     starts = np.concatenate(([0], change))

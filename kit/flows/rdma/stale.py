@@ -45,7 +45,7 @@ def stale_pages(host: Host, mr: Mlx5IbMr, area: Area, address: int, length: int)
         return 0
     more = hardware.mkc.log_page_size - PAGE_SHIFT  # an entry names 1 << more pages, aligned
     pages = np.arange(address // PAGE, -(-(address + length) // PAGE))
-    entries = hardware.xlt[(pages >> more) - (mr.iova // PAGE >> more)]
+    entries = hardware.entries[(pages >> more) - (mr.iova // PAGE >> more)]
     there = (entries & np.uint64(MTT_PRESENT)) != 0
     pfns, _ = hca.dma.resolve(entries & ~np.uint64(MTT_PRESENT))
     pfns = pfns + (pages & ((1 << more) - 1))

@@ -48,7 +48,13 @@ class HwMkey:
     def __init__(self, index: int, mkc: Mkc, pg_access: bool) -> None:
         self.index, self.mkc, self.pg_access = index, mkc, pg_access
         self._xlt: NDArray[Any] | None = None
-        self._low, self._high = 1 << 62, 0  # entries outside have been zero ever since the table was made
+        self._low, self._high = 1 << 62, 0  # what `filled` says
+
+    @property
+    def filled(self) -> slice:
+        """Entries outside have been zero ever since the table was made, or are zero again."""
+        low, high = self._low, min(self._high, len(self.entries))
+        return slice(low, high) if low < high else slice(0, 0)
 
     @property
     def xlt(self) -> NDArray[Any]:
