@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
-import sys
-
 import numpy as np
 from numpy.typing import NDArray
+
+from kit.memory.physical.zeros import zeros
 
 __all__ = ["Frames", "Index"]
 
 Index = NDArray[np.integer] | slice
-LARGE = 1 << 30  # bytes of payload from which on memory is asked for without reserving it
-MAP_NORESERVE = 0x4000  # Linux's, which module mmap lacks before Python 3.12
 
 
 class Frames:
@@ -40,7 +37,8 @@ class Frames:
         """Make room for the payload of frames below `top`."""
         have = len(self.payload)
         if top > have:
-            grown = _zeros(min(max(top, 2 * have, 4096), max(self.capacity, top)), self.words)
+            frames = min(max(top, 2 * have, 4096), max(self.capacity, top))
+            grown: NDArray[np.uint64] = zeros(frames * self.words, np.uint64).reshape(frames, self.words)
             grown[:have] = self.payload
             self.payload = grown
 
@@ -65,17 +63,3 @@ class Frames:
     def intact(self, at: Index, stamps: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Return for each frame whether its whole payload is the stamp's."""
         return np.asarray((self.payload[at] == self.pattern(stamps)).all(axis=1))
-
-
-def _zeros(frames: int, words: int) -> NDArray[np.uint64]:
-    """Return zeroed payload, shape (frames, words).
-
-    A machine that carries whole pages may have more memory than the one that simulates it: what is never written must
-    not even be promised.
-    """
-    size = frames * words * 8
-    if size < LARGE or sys.platform != "linux":
-        return np.zeros((frames, words), dtype=np.uint64)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, dtype=np.uint64).reshape(frames, words)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kit.drivers.mlx5.descriptors import Mkc
 from kit.drivers.mlx5.enums import KLM, AccessMode
+from kit.memory.physical.zeros import zeros
 
 __all__ = ["HwMkey", "Need"]
 
@@ -68,7 +69,7 @@ class HwMkey:
         if self._xlt is None:
             octowords = -(-self.mkc.translations_octword_size // 4) * 4  # in the 64 bytes that UMR writes
             indirect = self.mkc.access_mode in (AccessMode.KSM, AccessMode.KLM)
-            self._xlt = np.zeros(octowords, KLM) if indirect else np.zeros(2 * octowords, np.uint64)
+            self._xlt = zeros(octowords, KLM) if indirect else zeros(2 * octowords, np.uint64)
         return self._xlt
 
     def write(self, first: int, entries: NDArray[Any]) -> None:

@@ -22,6 +22,7 @@ from kit.memory.device.hmm_entries import (
 )
 from kit.memory.notifier.mmu_interval_notifier import mmu_interval_notifier_insert, mmu_interval_notifier_remove
 from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier
+from kit.memory.physical.zeros import zeros
 from kit.memory.syscalls.exit import mmput
 from kit.sim.engine import Thread, Wait
 from kit.sim.locks import Lock
@@ -181,7 +182,7 @@ def ib_init_umem_odp(umem_odp: IbUmemOdp, thread: Thread, ops: MmuIntervalNotifi
             return Errno(ENOMEM, name, f"{site} of {npfns} pages")
     umem_odp.start, umem_odp.end = start, end
     try:
-        umem_odp.pfn_list, umem_odp.dma_list = np.zeros(npfns, np.uint64), np.zeros(ndmas, np.uint64)
+        umem_odp.pfn_list, umem_odp.dma_list = zeros(npfns, np.uint64), zeros(ndmas, np.uint64)
     except (MemoryError, ValueError):
         return Errno(ENOMEM, name, f"lists of {npfns} pages")
     thread.charge(dev.costs.list_page * npfns)
