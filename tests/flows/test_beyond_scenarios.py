@@ -62,3 +62,11 @@ def test_looking_at_a_table_does_not_fill_it() -> None:
     children = [key for key in tables if key.mkc.access_mode == AccessMode.MTT]
     assert len(children) >= 3
     assert [key.filled for key in children if key.filled.stop - key.filled.start > 64] == []
+
+
+@pytest.mark.parametrize("given", [{"area_bytes": 1 << 40}, {"host_memory_bytes": 1 << 44}])
+def test_memory_that_nobody_touches_costs_nothing(given: dict[str, object]) -> None:
+    """An area of 1 TiB of which four pages are written; a host with 16 TiB."""
+    run = registry.run("mlx5_implicit_mr", "", given)
+    assert not run.integrity.lost and not run.errors
+    assert run.integrity.pages_checked == int(str(given.get("area_bytes", 16384))) // 4096

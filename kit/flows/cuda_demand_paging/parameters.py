@@ -151,7 +151,7 @@ class CudaParameters(_DriverPolicy):
         unit="B",
         group="Memory",
         ge=0,
-        le=1 << 46,
+        le=1 << 40,
     )
     range_offset: int = parameter(
         0, "where the first range starts in its 2 MiB block", unit="B", group="Memory", ge=0, lt=2 * MIB

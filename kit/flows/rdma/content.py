@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kit.drivers.mlx5.adapter.payload import gather, scatter
 from kit.flows.run import Integrity
 from kit.memory.faults.load_store import store, write_bytes
+from kit.memory.physical.zeros import zeros
 from kit.memory.types import PAGE, Kind
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Area", "add_up", "cpu_write", "frames_of", "message_bytes", "peek"]
 
+AT_ONCE = 1 << 18  # pages of an area compared together: 1 GiB
 HELD = (Kind.PRESENT, Kind.DEVICE_PRIVATE, Kind.DEVICE_EXCLUSIVE, Kind.MIGRATION)
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
@@ -53,9 +55,8 @@ class Area:
     unknown: NDArray[np.bool_] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.model = np.zeros((self.pages, self.words), dtype=np.uint64)
-        self.maybe_zero = np.zeros(self.pages, dtype=bool)
-        self.unknown = np.zeros(self.pages, dtype=bool)
+        self.model = zeros(self.pages * self.words, np.uint64).reshape(self.pages, self.words)
+        self.maybe_zero, self.unknown = zeros(self.pages, bool), zeros(self.pages, bool)
 
     def __contains__(self, address: int) -> bool:
         return self.va <= address < self.va + self.pages * PAGE
@@ -94,11 +95,15 @@ class Area:
 
     def check(self, mm: Mm) -> tuple[int, int]:
         """Return how many pages were compared with memory and how many of them differ; nothing is faulted in."""
-        there = peek(mm, self.va // PAGE, self.pages)
-        same = (there == self.model).all(axis=1)
-        same |= self.maybe_zero & ~there.any(axis=1)
-        checked = ~self.unknown
-        return int(checked.sum()), int((checked & ~same).sum())
+        pages = lost = 0
+        for first in range(0, self.pages, AT_ONCE):
+            part = slice(first, min(first + AT_ONCE, self.pages))
+            there = peek(mm, self.va // PAGE + first, part.stop - first)
+            same = (there == self.model[part]).all(axis=1)
+            same |= self.maybe_zero[part] & ~there.any(axis=1)
+            checked = ~self.unknown[part]
+            pages, lost = pages + int(checked.sum()), lost + int((checked & ~same).sum())
+        return pages, lost
 
 
 def add_up(found: Iterable[tuple[int, int]]) -> Integrity:
@@ -139,6 +144,8 @@ def peek(mm: Mm, first: int, count: int) -> Words:
     """
     memory = mm.memory
     found = np.zeros((count, memory.words), dtype=np.uint64)
+    if not len(mm.table.leaves(first, count)[0]) and all(vma.file is None for vma in mm.vmas_in(first, count)):
+        return found
     slots = mm.table.slots(first, count)
     kind, frame = mm.table.kind[slots], mm.table.frame[slots].astype(np.int64)
     held = np.isin(kind, HELD)

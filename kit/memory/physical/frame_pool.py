@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.memory.physical.zeros import zeros
 from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER
 
 __all__ = ["FramePool"]
@@ -21,7 +22,7 @@ class FramePool:
 
     def __init__(self, frames: int, first: int) -> None:
         self.frames = frames
-        self._stack = np.zeros(frames, dtype=np.int32)  # single free frames
+        self._stack = zeros(frames, np.int32)  # single free frames
         self._depth = 0
         self._next = first  # frames from here on were never given out
         self._huge: list[int] = []  # free aligned blocks of 512

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kit.memory.physical.frame_pool import FramePool
 from kit.memory.physical.frames import Frames
+from kit.memory.physical.zeros import zeros
 from kit.memory.types import HPAGE_PMD_ORDER, PG
 
 if TYPE_CHECKING:
@@ -37,14 +38,14 @@ class PageAllocator(Frames):
         total = system_frames + device_frames
         super().__init__("host memory", total, payload_bytes)
         self.system_frames, self.total = system_frames, total
-        self.refcount = np.zeros(total, dtype=np.int32)
-        self.mapcount = np.zeros(total, dtype=np.int32)
-        self.pincount = np.zeros(total, dtype=np.int32)
-        self.flags = np.zeros(total, dtype=np.uint16)
-        self.order = np.zeros(total, dtype=np.uint8)
-        self.mapping = np.zeros(total, dtype=np.int32)
-        self.index = np.zeros(total, dtype=np.int64)
-        self.pgmap = np.zeros(total, dtype=np.int16)
+        self.refcount = zeros(total, np.int32)
+        self.mapcount = zeros(total, np.int32)
+        self.pincount = zeros(total, np.int32)
+        self.flags = zeros(total, np.uint16)
+        self.order = zeros(total, np.uint8)
+        self.mapping = zeros(total, np.int32)
+        self.index = zeros(total, np.int64)
+        self.pgmap = zeros(total, np.int16)
         self.pgmaps: list[DevPagemap | None] = [None]
         self.hugetlb_free: dict[int, list[int]] = {}  # order -> heads of free hugetlb folios
         self.hugetlb_reserved: dict[int, int] = {}  # order -> how many of them are promised

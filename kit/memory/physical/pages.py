@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kit.memory.costs import make_costs
 from kit.memory.physical.page_alloc import PageAllocator
 from kit.memory.physical.swap import SwapArea
+from kit.memory.physical.zeros import zeros
 from kit.memory.types import HPAGE_PMD_NR, PG
 
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ class PhysicalMemory(PageAllocator):
     ) -> None:
         super().__init__(system_frames, device_frames, payload_bytes)
         self.engine = engine
-        self.zone_device_data = np.zeros(self.total, dtype=np.int64)
-        self.swap_slot = np.zeros(self.total, dtype=np.int32)  # of pages in the swap cache
-        self.lru_stamp = np.zeros(self.total, dtype=np.int64)  # order in which pages came to the LRU
+        self.zone_device_data = zeros(self.total, np.int64)
+        self.swap_slot = zeros(self.total, np.int32)  # of pages in the swap cache
+        self.lru_stamp = zeros(self.total, np.int64)  # order in which pages came to the LRU
         self.swap = SwapArea(swap_slots, self.words)
         self.mappings: list[RmapRoot | None] = [None]
         self.huge_zero: int = -1  # pfn of the huge zero page, once somebody needed it

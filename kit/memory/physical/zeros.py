@@ -15,7 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 __all__ = ["zeros"]
 
 MAPPED = 1 << 20  # bytes from which on an array is a mapping of its own
-LARGE = 1 << 30  # bytes from which on memory is asked for without reserving it, in huge pages
+HUGE = 1 << 22  # bytes from which on in huge pages, as numpy does
+LARGE = 1 << 30  # bytes from which on memory is asked for without reserving it
 MAP_NORESERVE = 0x4000  # Linux's, which module mmap lacks before Python 3.12
 
 
@@ -38,6 +39,6 @@ def zeros(count: int, dtype: DTypeLike) -> NDArray[Any]:
         pages = mmap.mmap(-1, size, flags=flags)
     except (OSError, OverflowError):  # as many mappings as a process may have, or more memory than there is
         return np.zeros(count, dtype)
-    if size >= LARGE:
+    if size >= HUGE:
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype)
