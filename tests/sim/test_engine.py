@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -93,3 +94,16 @@ def test_runs_of_many_actors_repeat_themselves(jitter: float) -> None:
 
     assert once(1) == once(1)
     assert (once(1) == once(2)) == (jitter == 0.0)
+
+
+def test_garbage_waits_for_the_end_of_a_run_whatever_the_end_is() -> None:
+    engine, seen = Engine(), []
+
+    def fails() -> Wait:
+        seen.append(gc.isenabled())
+        yield engine.env.timeout(1.0)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        engine.run(engine.start(fails()))
+    assert seen == [False] and gc.isenabled()
