@@ -45,10 +45,8 @@ from kit.memory.physical.memremap import DevPagemap, DevPagemapOps, memremap_pag
 from kit.memory.space.mm import Mm
 from kit.memory.space.vma import Vma
 from kit.memory.syscalls.exit import mmput
-from kit.memory.table.cpu_table import CpuTable
 from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, VM_FAULT_OOM, VM_FAULT_SIGBUS, Vmf
 from kit.sim.engine import Thread, Wait
-from kit.sim.locks import Lock
 from kit.sim.trace import step, waiting_step
 
 
@@ -56,8 +54,8 @@ class Dmirror(DmirrorFile):
     """struct dmirror: one open device file; its page table ``pt`` is read and written under ``mutex``."""
 
     def __init__(self, mdevice: DmirrorDevice, mm: Mm) -> None:
-        self.mdevice, self.mm, self.pt = mdevice, mm, CpuTable()
-        self.mutex, self.notifier = Lock(), MmuIntervalNotifier(self)
+        super().__init__(mdevice, mm)
+        self.notifier = MmuIntervalNotifier(self)
         self.invalidations: Counter[Thread] = Counter()  # by who changed something, own migrations left out
         self.id = len(mdevice.mirrors)  # what zone_device_data of its device pages holds
         mdevice.mirrors.append(self)

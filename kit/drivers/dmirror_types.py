@@ -97,10 +97,11 @@ class HmmDmirrorCmd:
 class DmirrorFile:
     """An open file as the kernel's tests see it: what the device's page table holds, flags, and a mapping."""
 
-    mm: Mm
-    mdevice: DmirrorDevice
-    pt: CpuTable
     flags = 0  # HMM_DMIRROR_FLAG_*
+
+    def __init__(self, mdevice: DmirrorDevice, mm: Mm) -> None:
+        self.mdevice, self.mm = mdevice, mm
+        self.pt, self.mutex = CpuTable(), Lock()  # the device's page table, and who reads or writes it
 
     def load(self, start: int, end: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         """Return rights (DPT_*) and frames of bytes [start, end)."""
