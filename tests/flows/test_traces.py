@@ -207,6 +207,22 @@ def test_truncated_npz(tmp_path: Path, kept: int) -> None:
         read_trace(cut)
 
 
+@pytest.mark.parametrize(("field", "value"), [(8, 1), (8, 32), (8, 64), (10, 99)], ids=str)
+@pytest.mark.parametrize("array", [0, 1, 2])
+def test_a_directory_that_asks_for_what_cannot_be_read(tmp_path: Path, array: int, field: int, value: int) -> None:
+    """Flags of the zip directory (8: encrypted, patched, strongly encrypted) and its compression method (10)."""
+    path = tmp_path / "asks.npz"
+    np.savez_compressed(path, **arrays())
+    data = bytearray(path.read_bytes())
+    at = -1
+    for _ in range(array + 1):
+        at = data.index(b"PK\x01\x02", at + 1)
+    data[at + field] = value
+    path.write_bytes(bytes(data))
+    with pytest.raises(TraceFileError, match=r"a whole \.npz file"):
+        read_trace(path)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 255))
 def test_a_flipped_byte_never_escapes_as_another_error(

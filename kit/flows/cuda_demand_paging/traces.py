@@ -26,8 +26,8 @@ __all__ = ["AccessTrace", "fold", "read_trace", "shipped_trace", "write_trace"]
 ARRAYS = ("vpn", "index", "write")
 CHUNK = 1 << 24
 _PAGE_NUMBERS = 1 << 52
-# What a damaged .npz raises; NotImplementedError is zipfile's word for a corrupted method or flag field.
-_BROKEN = (zipfile.BadZipFile, EOFError, ValueError, KeyError, zlib.error, NotImplementedError)
+# What a damaged .npz raises; a RuntimeError where its directory asks for a password, or for what zipfile cannot do.
+_BROKEN = (zipfile.BadZipFile, EOFError, ValueError, KeyError, zlib.error, RuntimeError)
 
 
 @dataclass(frozen=True, eq=False)
