@@ -29,7 +29,16 @@ from kit.memory.device.hmm_entries import (
 from kit.memory.faults.fault import handle_mm_faults
 from kit.memory.notifier.mmu_interval_notifier import mmu_interval_check_retry
 from kit.memory.physical.memremap import pgmaps_where
-from kit.memory.types import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE, VM_FAULT_ERROR, VM_IO, VM_PFNMAP, VM_READ, Kind
+from kit.memory.types import (
+    FAULT_FLAG_REMOTE,
+    FAULT_FLAG_WRITE,
+    HPAGE_PMD_NR,
+    VM_FAULT_ERROR,
+    VM_IO,
+    VM_PFNMAP,
+    VM_READ,
+    Kind,
+)
 from kit.sim.trace import waiting_step
 
 if TYPE_CHECKING:
@@ -42,7 +51,7 @@ __all__ = ["HMM_RANGE_DEFAULT_TIMEOUT", "hmm_range_fault"]
 HMM_RANGE_DEFAULT_TIMEOUT = 1000  # milliseconds that a caller should go on retrying
 HMM_NEED_FAULT, HMM_NEED_WRITE_FAULT = 1, 2
 _AGAIN = -EBUSY  # of the walk, never of the caller: a fault was served or a migration waited for
-_LEAF = 512
+_LEAF = HPAGE_PMD_NR
 _STRETCH = 128 * _LEAF  # pages classified at once: their columns fit the cache
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kit.memory.physical.pages import ZERO_PFN
 from kit.memory.table.leaf_tables import Slots
-from kit.memory.types import Bit, Kind, Leaf
+from kit.memory.types import HPAGE_PMD_NR, Bit, Kind, Leaf
 
 if TYPE_CHECKING:
     from kit.memory.notifier.mmu_notifier_types import MmuIntervalNotifier
@@ -32,7 +32,7 @@ HMM_PFN_ORDER_SHIFT = 53
 _VALID, _WRITE, _ERROR = np.uint64(HMM_PFN_VALID), np.uint64(HMM_PFN_WRITE), np.uint64(HMM_PFN_ERROR)
 _FAULT, _FAULT_WRITE = np.uint64(HMM_PFN_REQ_FAULT), np.uint64(HMM_PFN_REQ_WRITE)
 _ORDERS = np.array([0, 9 << HMM_PFN_ORDER_SHIFT, 18 << HMM_PFN_ORDER_SHIFT], dtype=np.uint64)
-_LEAF = 512
+_LEAF = HPAGE_PMD_NR
 
 
 @dataclass(eq=False, slots=True)

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.table.leaf_tables import LeafTables, Slots
-from kit.memory.types import HPAGE_PMD_NR, Bit, Kind, Leaf
+from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, Bit, Kind, Leaf
 
 __all__ = ["CpuTable"]
 
 _LEAF = HPAGE_PMD_NR
-_SHIFT = 9
+_SHIFT = HPAGE_PMD_ORDER
 _USED, _WRITTEN = (np.array(bits, dtype=np.uint8) for bits in (Bit.YOUNG, Bit.YOUNG | Bit.DIRTY))
 
 

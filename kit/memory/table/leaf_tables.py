@@ -6,13 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.table.pagetable import GEOMETRIES, PageTable
-from kit.memory.types import HPAGE_PMD_NR, Leaf
+from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, Leaf
 
 __all__ = ["LeafTables", "Slots"]
 
 Slots = slice | NDArray[np.int64]
 _LEAF = HPAGE_PMD_NR
-_SHIFT = 9
+_SHIFT = HPAGE_PMD_ORDER
 
 
 class LeafTables(PageTable):
