@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["MOVE_COLUMNS", "SPAN_COLUMNS", "Copies", "Moves", "Names", "Spans"]
 
-SPAN_COLUMNS = ("start", "end", "step", "actor", "parent", "va", "pages", "bytes", "cause", "status", "value")
-MOVE_COLUMNS = ("start", "end", "first_page", "pages", "src", "dst", "cause")
-PAGE = 4096  # bytes
-LOG_SHIFT = 2  # a row takes 1 << LOG_SHIFT places of the spans' log
-LOG_WIDTH = 1 << LOG_SHIFT
-STEP_SHIFT = 8  # a span's key is step << 8 | actor
-_FACTS = SPAN_COLUMNS.index("va")  # columns from here on are facts that only some spans have
-_WIDTH = 1 + len(SPAN_COLUMNS) - _FACTS
+SPAN_COLUMNS: Final = ("start", "end", "step", "actor", "parent", "va", "pages", "bytes", "cause", "status", "value")
+MOVE_COLUMNS: Final = ("start", "end", "first_page", "pages", "src", "dst", "cause")
+PAGE: Final = 4096  # bytes
+LOG_SHIFT: Final = 2  # a row takes 1 << LOG_SHIFT places of the spans' log
+LOG_WIDTH: Final = 1 << LOG_SHIFT
+STEP_SHIFT: Final = 8  # a span's key is step << 8 | actor
+_FACTS: Final = SPAN_COLUMNS.index("va")  # columns from here on are facts that only some spans have
+_WIDTH: Final = 1 + len(SPAN_COLUMNS) - _FACTS
 LayOut = Callable[..., Iterable[tuple[float, float, int, int, int]]]
 # Of a push its place in the log, key, parent's place, place among the moves, src, dst, and how to lay it out.
 Push = tuple[int, int, int, int, int, int, LayOut, tuple[Any, ...]]
-_BLANK = (0.0,) * LOG_WIDTH
+_BLANK: Final = (0.0,) * LOG_WIDTH
 
 
 class Rows:
@@ -80,10 +80,10 @@ class Spans:
     themselves (every column from ``va`` on) is kept as sparse facts until a column is asked for.
     """
 
-    columns = SPAN_COLUMNS
+    columns: ClassVar = SPAN_COLUMNS
 
     def __init__(self) -> None:
-        self.log: list[float] = []  # of each row its end, start, key, and the place in this list of its parent
+        self.log: list[Any] = []  # of each row its end, start, key, and the place in this list of its parent
         self.facts = Rows(_WIDTH)  # a place in the log and the columns from va on
         self.before_reading: Callable[[], None] = lambda: None  # completes them
 
@@ -124,7 +124,7 @@ class Moves:
     ``first_page`` is a virtual page number.
     """
 
-    columns = MOVE_COLUMNS
+    columns: ClassVar = MOVE_COLUMNS
 
     def __init__(self) -> None:
         self.rows = Rows(len(MOVE_COLUMNS))

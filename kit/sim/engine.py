@@ -14,22 +14,22 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Generator, Iterable
 from heapq import heappush
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
-import simpy
-from simpy.events import NORMAL
+import simpy.core
+from simpy.events import NORMAL, Event, Process, Timeout
 
 from kit.sim.columns import LOG_SHIFT
 from kit.sim.trace import Trace
 
 __all__ = ["NO_WAIT", "Clock", "Engine", "Thread", "Wait"]
 
-Wait = Generator[simpy.Event, Any, Any]
-NO_WAIT: tuple[simpy.Event, ...] = ()
+Wait = Generator[Event, Any, Any]
+NO_WAIT: Final[tuple[Event, ...]] = ()
 
 
-class Clock(simpy.Environment):
+class Clock(simpy.core.Environment):
     """SimPy's environment, which can also move on without an event when nothing is due in between."""
 
     def leap(self, delay: float) -> bool:
@@ -53,9 +53,9 @@ class Clock(simpy.Environment):
             self._now = time
         return self._now
 
-    def at(self, time: float) -> simpy.Event:
+    def at(self, time: float) -> Event:
         """Return an event that happens at `time`, exactly."""
-        event = simpy.Event(self)
+        event = Event(self)
         event._ok, event._value = True, None
         heappush(self._queue, (time, NORMAL, next(self._eid), event))
         return event
@@ -77,6 +77,13 @@ class Engine:
         self.trace = Trace()
         self.jitter = jitter
         self.rng = np.random.default_rng(seed)
+        self.host = ""
+
+    def of(self, host: str) -> Engine:
+        """Return this engine as a host sees it: its threads carry the host's name, so that two hosts stay apart."""
+        view = Engine(jitter=self.jitter)
+        view.env, view.trace, view.rng, view.host = self.env, self.trace, self.rng, host
+        return view
 
     @property
     def now(self) -> float:
@@ -85,22 +92,22 @@ class Engine:
 
     def thread(self, name: str) -> Thread:
         """Return a new actor whose spans carry `name`."""
-        return Thread(self, name)
+        return Thread(self, name if name.startswith(self.host) else f"{self.host} {name}")
 
-    def start(self, process: Wait) -> simpy.Process:
+    def start(self, process: Wait) -> Process:
         """Start a generator as a concurrent process."""
         return self.env.process(process)
 
-    def pause(self, delay: float) -> Iterable[simpy.Event]:
+    def pause(self, delay: float) -> Iterable[Event]:
         """Let `delay` microseconds pass for the running process."""
-        return NO_WAIT if self.env.leap(delay) else (simpy.Timeout(self.env, delay),)
+        return NO_WAIT if self.env.leap(delay) else (Timeout(self.env, delay),)
 
     def quiet(self) -> Wait:
         """Let everything happen that still can without the running process."""
         while (time := self.env.peek()) < simpy.core.Infinity:
             yield self.env.timeout(max(time - self.env.now, 0.0))
 
-    def run(self, until: simpy.Event | None = None) -> Any:
+    def run(self, until: Event | None = None) -> Any:
         """Run until `until` has happened, or until nothing is left to do.
 
         Garbage is not collected meanwhile: a run makes no cycles, and each collection would walk the whole trace.
@@ -135,7 +142,7 @@ class Thread:
         self.now: float = float(engine.env.now)
         self._jitter = engine.jitter
         self.at = -1
-        self.keys: dict[str, int] = {}
+        self.keys: dict[str, Any] = {}
 
     @property
     def row(self) -> int:
@@ -155,6 +162,23 @@ class Thread:
         if self._jitter:
             microseconds *= 1.0 + self._jitter * float(self.engine.rng.random())
         self.now += microseconds
+
+    def open(self, name: str) -> int:
+        """Start a span of step `name` under the running one; return its place in the log, for `close`."""
+        log, parent = self.log, self.at
+        now: Any = self.now  # boxed once
+        self.at = len(log)
+        try:
+            log += (now, now, self.keys[name], parent)  # until it is closed, it ends where it starts
+        except KeyError:
+            log += (now, now, self.key(name), parent)
+        return self.at
+
+    def close(self, at: int) -> None:
+        """End the span at place `at` of the log: its parent is the running one again."""
+        log = self.log
+        log[at] = self.now
+        self.at = log[at + 3]
 
     def key(self, name: str) -> int:
         """Return this actor's span key of step `name`."""
@@ -179,7 +203,7 @@ class Thread:
         self.now = now
         return True
 
-    def sync(self) -> Iterable[simpy.Event]:
+    def sync(self) -> Iterable[Event]:
         """Let everybody else catch up with this actor's clock."""
         now = self._env.reach(self.now)
         if now is None:
@@ -189,10 +213,10 @@ class Thread:
 
     def _catch_up(self) -> Wait:
         env = self._env
-        yield simpy.Timeout(env, self.now - env._now)
+        yield Timeout(env, self.now - env._now)
         self.now = float(env._now)
 
-    def wait(self, event: simpy.Event) -> Wait:
+    def wait(self, event: Event) -> Wait:
         """Wait for `event`; time passes on this actor's clock."""
         yield from self.sync()
         value = yield event

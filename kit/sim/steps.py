@@ -15,24 +15,14 @@ __all__ = ["step", "waiting_step"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# A span takes four places of the log: end, start, key, and its parent's place. Until it is closed, it ends where it
-# starts.
 _RECORDED = """
 def make(_span_function, _span_name):
     def recorded({parameters}):
-        _span_log = {thread}.log
-        _span_parent = {thread}.at
-        _span_at = {thread}.at = len(_span_log)
-        _span_now = {thread}.now
-        try:
-            _span_log += (_span_now, _span_now, {thread}.keys[_span_name], _span_parent)
-        except KeyError:
-            _span_log += (_span_now, _span_now, {thread}.key(_span_name), _span_parent)
+        _span = {thread}.open(_span_name)
         try:
             return {call}
         finally:
-            {thread}.at = _span_parent
-            _span_log[_span_at] = {thread}.now
+            {thread}.close(_span)
     return recorded
 """
 _MARKS: dict[Any, str] = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}

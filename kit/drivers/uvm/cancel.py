@@ -80,7 +80,7 @@ def cancel_faults_precise_tlb(gpu: Gpu, thread: Thread) -> Wait:
         if not batch.fatal:
             break
         try_to_cancel_utlbs(gpu, thread, batch, entries, locked)
-        seen = {utlb: page for utlb, page in reversed(entries) if page in batch.fatal}
+        seen = {utlb: page for utlb, page in entries[::-1] if page in batch.fatal}
     gpu.prefetch_faults_enabled = was_enabled
     end = push_replay_on_gpu(gpu, thread, FaultBatch(), wake=False)
     yield from wait_replay(gpu, thread, end)
@@ -94,7 +94,7 @@ def try_to_cancel_utlbs(
 
     Where one was served just now, the next round finds it gone.
     """
-    first_of = {utlb: page for utlb, page in reversed(entries) if utlb in locked}
+    first_of = {utlb: page for utlb, page in entries[::-1] if utlb in locked}
     alive = {utlb for utlb, page in entries if page not in batch.fatal}
     for utlb, page in sorted(first_of.items()):
         if utlb not in alive:

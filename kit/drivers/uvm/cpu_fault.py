@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Final
 
 from kit.drivers.uvm.perf_thrashing import PIN, THROTTLE, uvm_perf_thrashing_get_hint
 from kit.drivers.uvm.types import (
@@ -27,7 +28,7 @@ from kit.sim.trace import waiting_step
 
 __all__ = ["uvm_vm_fault"]
 
-PC = 0x55_5555_1000  # program counter that CPU faults report: the kit runs no real instructions
+PC: Final = 0x55_5555_1000  # program counter that CPU faults report: the kit runs no real instructions
 
 
 @waiting_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from typing import Final
 
 import numpy as np
 
@@ -30,9 +31,9 @@ from kit.sim.trace import step, waiting_step
 
 __all__ = ["service_fault_batch", "service_fault_batch_dispatch"]
 
-NEEDED: list[int] = REQUIRED_PROT.tolist()
-NO_FAULT = np.int8(-1)
-MANY = 32  # faults from which on arrays are faster than a loop
+NEEDED: Final[list[int]] = REQUIRED_PROT.tolist()
+NO_FAULT: Final = np.int8(-1)
+MANY: Final = 32  # faults from which on arrays are faster than a loop
 
 
 @waiting_step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from simpy import Event
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["COSTS", "Gpu"]
 
 # Microseconds that a profile must give, and what each pays for.
-COSTS = {
+COSTS: Final = {
     "interrupt": "fault buffer entry to running bottom half",
     "idle_wake": "the CPU of the bottom half woken from deep idle",
     "gpu_first_fault": "once, on the process's first GPU fault",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,9 @@ from kit.sim.machine import Machine
 
 __all__ = ["GridKernel", "Shape"]
 
-WARP = 32
-ELEMENT = 4  # bytes
-LINE = 128  # bytes of a cache line
+WARP: Final = 32
+ELEMENT: Final = 4  # bytes
+LINE: Final = 128  # bytes of a cache line
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 __all__ = ["FAMILIES", "Hal"]
 
@@ -40,7 +41,7 @@ class Hal:
     extra_hshub_membars: int = 0
 
 
-FAMILIES = {
+FAMILIES: Final = {
     hal.name: hal
     for hal in (
         Hal("kepler", replayable_faults=False, cancel_by_address=False, prefetch_faults=False, tlb_by_range=False),

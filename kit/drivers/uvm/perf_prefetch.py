@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Final
 
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, VaBlock
 from kit.memory.table.pagemask import first_page, region
@@ -12,8 +13,8 @@ from kit.sim.trace import step
 __all__ = ["uvm_perf_prefetch_get_hint_va_block"]
 
 # The top bit, and all bits but the top one, of every 64 KiB unit that a block and its padding can have.
-_TOP_BITS = sum(1 << unit + BIG_PAGES - 1 for unit in range(0, BLOCK_PAGES + BIG_PAGES, BIG_PAGES))
-_LOW_BITS = region(0, BLOCK_PAGES + BIG_PAGES) & ~_TOP_BITS
+_TOP_BITS: Final = sum(1 << unit + BIG_PAGES - 1 for unit in range(0, BLOCK_PAGES + BIG_PAGES, BIG_PAGES))
+_LOW_BITS: Final = region(0, BLOCK_PAGES + BIG_PAGES) & ~_TOP_BITS
 
 
 @step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kit.drivers.uvm.perf_thrashing_state import (
     NOBODY,
@@ -20,8 +20,10 @@ from kit.sim.trace import step
 
 __all__ = ["NONE", "PIN", "THROTTLE", "Hint", "uvm_perf_thrashing_get_hint"]
 
-NONE, THROTTLE, PIN = "none", "throttle", "pin"
-TIMER_GRANULARITY = 20.0  # microseconds by which a pin may end early
+NONE: Final = "none"
+THROTTLE: Final = "throttle"
+PIN: Final = "pin"
+TIMER_GRANULARITY: Final = 20.0  # microseconds by which a pin may end early
 
 
 class Hint(NamedTuple):
@@ -158,7 +160,7 @@ def _thrashing_unpin_pages(block: VaBlock, index: int, deadline: float) -> Wait:
         info is not None
         and info.page is not None
         and info.pinned >> index & 1
-        and info.page.pin_deadline[index] <= soon
+        and info.page.pin_deadline.item(index) <= soon
     ):
         thrashing_unpin_pages(block, worker, index)
     yield from block.lock.release(worker)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from kit.drivers.uvm.types import CPU, GPU, PAGE, VaBlock
@@ -14,7 +16,7 @@ __all__ = [
     "thrashing_throttle_end_processor", "thrashing_throttling_reset_page", "tools_event",
 ]  # fmt: skip
 
-NOBODY = -1
+NOBODY: Final = -1
 
 
 class BlockThrashing:

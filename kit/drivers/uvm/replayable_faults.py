@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import Final
 
 from simpy import Event
 
@@ -28,7 +29,7 @@ from kit.sim.trace import step, waiting_step
 
 __all__ = ["start_bottom_half"]
 
-DEEP_IDLE = 600.0  # microseconds without work before a CPU is let into C6 (Linux intel_idle.c, server cores)
+DEEP_IDLE: Final = 600.0  # microseconds without work before a CPU is let into C6 (Linux intel_idle.c, server cores)
 
 
 def start_bottom_half(gpu: Gpu) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from kit.drivers.uvm.fault_batch import FaultBatch, flush
 from kit.drivers.uvm.gpu import Gpu
 from kit.sim.engine import Thread, Wait
@@ -18,7 +20,11 @@ __all__ = [
     "wait_replay",
 ]
 
-BLOCK, BATCH, BATCH_FLUSH, ONCE = range(4)  # uvm_perf_fault_replay_policy_t
+# uvm_perf_fault_replay_policy_t
+BLOCK: Final = 0
+BATCH: Final = 1
+BATCH_FLUSH: Final = 2
+ONCE: Final = 3
 
 
 @step

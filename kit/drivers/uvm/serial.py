@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +14,10 @@ from kit.memory.physical.content import Content
 __all__ = ["SerialKernel"]
 
 # Accesses looked at together at first, after a miss while others may act, else after a miss, and at most.
-WINDOW, AFTER_MISS, ALONE, MOST = 4, 64, 512, 1 << 18
+WINDOW: Final = 4
+AFTER_MISS: Final = 64
+ALONE: Final = 512
+MOST: Final = 1 << 18
 
 
 class SerialKernel(Stream):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,8 @@ from kit.sim.engine import Wait
 
 __all__ = ["FOREVER", "Kernel", "Misses", "launch"]
 
-HORIZON = 20.0  # microseconds that running lanes advance at a time while others are stalled or being served
-FOREVER = 1e12
+HORIZON: Final = 20.0  # microseconds that running lanes advance at a time while others are stalled or being served
+FOREVER: Final = 1e12
 
 
 @dataclass

@@ -6,6 +6,8 @@ at without a gather.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +18,8 @@ from kit.memory.physical.content import Content
 
 __all__ = ["Stream", "StreamKernel"]
 
-NEVER = np.uint8(255)  # a right that no page gives
-NOTHING = np.zeros(0, dtype=np.int64)
+NEVER: Final = np.uint8(255)  # a right that no page gives
+NOTHING: Final = np.zeros(0, dtype=np.int64)
 
 
 class Stream:

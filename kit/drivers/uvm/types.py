@@ -9,12 +9,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kit.memory.physical.content import Content
+from kit.memory.space.vma import Vma
 from kit.memory.table.pagemask import from_bools, region
 from kit.sim.engine import Engine
 from kit.sim.locks import Lock
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from kit.drivers.uvm.perf_thrashing_state import BlockThrashing
     from kit.drivers.uvm.pmm_chunks import Chunk
     from kit.memory.space.mm import Mm
-    from kit.memory.space.vma import Vma
 
 __all__ = [
     "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "GPU",
@@ -33,21 +33,29 @@ __all__ = [
     "WRITE", "MoreProcessingRequired", "Policy", "VaBlock", "VaRange", "VaSpace",
 ]  # fmt: skip
 
-PAGE = 4096
-BLOCK_PAGES = 512  # PAGES_PER_UVM_VA_BLOCK on 4 KiB hosts
-BIG_PAGES = 16  # 4 KiB pages in a 64 KiB big page
-MANAGED_BASE = 0x7F00_0000_0000
-CPU, GPU = 0, 1  # processor ids; the CPU's is the lowest, so it is served first
+PAGE: Final = 4096
+BLOCK_PAGES: Final = 512  # PAGES_PER_UVM_VA_BLOCK on 4 KiB hosts
+BIG_PAGES: Final = 16  # 4 KiB pages in a 64 KiB big page
+MANAGED_BASE: Final = 0x7F00_0000_0000
+CPU: Final = 0  # processor ids; the CPU's is the lowest, so it is served first
+GPU: Final = 1
 
 # uvm_fault_access_type_t, ascending by intrusiveness
-PREFETCH, READ, WRITE, ATOMIC_WEAK, ATOMIC_STRONG = range(5)
-ACCESS_NAMES = ("prefetch", "read", "write", "atomic", "atomic")
+PREFETCH: Final = 0
+READ: Final = 1
+WRITE: Final = 2
+ATOMIC_WEAK: Final = 3
+ATOMIC_STRONG: Final = 4
+ACCESS_NAMES: Final = ("prefetch", "read", "write", "atomic", "atomic")
 # uvm_prot_t
-READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC, COUNT_PROT = 1, 2, 3, 4
-REQUIRED_PROT = np.array([READ_ONLY, READ_ONLY, READ_WRITE, READ_WRITE, READ_WRITE_ATOMIC], dtype=np.uint8)
+READ_ONLY: Final = 1
+READ_WRITE: Final = 2
+READ_WRITE_ATOMIC: Final = 3
+COUNT_PROT: Final = 4
+REQUIRED_PROT: Final = np.array([READ_ONLY, READ_ONLY, READ_WRITE, READ_WRITE, READ_WRITE_ATOMIC], dtype=np.uint8)
 
 
-_FIRST = attrgetter("first")
+_FIRST: Final = attrgetter("first")
 
 
 class MoreProcessingRequired(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from kit.sim.trace import step
 __all__ = ["block_copy_resident_pages", "block_settle"]
 
 # uvm_make_resident_cause_t -> migration cause that tools see
-TOOLS_CAUSE = {"fault": "coherence", "eviction": "eviction", "api": "user", "range_group": "coherence"}
+TOOLS_CAUSE: Final = {"fault": "coherence", "eviction": "eviction", "api": "user", "range_group": "coherence"}
 
 
 @step

@@ -24,14 +24,10 @@ __all__ = ["BlockContext", "block_populate_pages", "uvm_va_block_gpu_state_get_a
 class BlockContext:
     """State of one block operation: chunks of a retry, and what the last make-resident did."""
 
-    dest = CPU
-    cause = "fault"
-    pages_changed_residency = 0
-    did_copy = False
-    pages_copied = 0
-    copies_end = 0.0
-
     def __init__(self) -> None:
+        self.dest, self.cause = CPU, "fault"
+        self.pages_changed_residency = self.pages_copied = 0
+        self.did_copy, self.copies_end = False, 0.0
         self.free_chunks: list[Chunk] = []
         self.used_chunks: list[Chunk] = []
 

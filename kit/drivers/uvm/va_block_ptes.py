@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from kit.drivers.uvm.gpu import Gpu
@@ -16,7 +18,7 @@ from kit.sim.engine import Thread
 
 __all__ = ["downgrade_membar", "push_ptes", "write_ptes"]
 
-_BIG_STARTS = sum(1 << at for at in range(0, BLOCK_PAGES, BIG_PAGES))
+_BIG_STARTS: Final = sum(1 << at for at in range(0, BLOCK_PAGES, BIG_PAGES))
 
 
 def downgrade_membar(block: VaBlock, gpu: Gpu, mask: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Final
 
 from kit.drivers.uvm.cpu_fault import uvm_vm_fault
 from kit.drivers.uvm.types import (
@@ -38,7 +39,7 @@ from kit.sim.trace import step
 __all__ = ["VmOpsManaged", "uvm_mmap", "uvm_vm_close_managed"]
 
 # uvm_mmap wants a shared mapping that may be read and written. A child of fork gets none: the driver would disable it.
-VM_FLAGS = VM_READ | VM_WRITE | VM_SHARED | VM_MAYREAD | VM_MAYWRITE | VM_MAYSHARE | VM_MIXEDMAP | VM_DONTCOPY
+VM_FLAGS: Final = VM_READ | VM_WRITE | VM_SHARED | VM_MAYREAD | VM_MAYWRITE | VM_MAYSHARE | VM_MIXEDMAP | VM_DONTCOPY
 
 
 @step
@@ -81,7 +82,9 @@ class VmOpsManaged:
         write = bool(vmf.flags & FAULT_FLAG_WRITE)
         return uvm_vm_fault(self.va_space, thread, vmf.address // PAGE, write)
 
-    page_mkwrite = fault
+    def page_mkwrite(self, vmf: Vmf, thread: Thread) -> Wait:
+        """Handle it alike."""
+        return self.fault(vmf, thread)
 
     def may_split(self, vma: Vma, page: int) -> int:
         """An area is unmapped whole: ranges are not cut along with it, as uvm_vm_open_managed would do."""

@@ -19,10 +19,9 @@ MIB = 1 << 20
 
 def _driver_policy() -> dict[str, Any]:
     """The driver's own list of module parameters, as fields of the model."""
-    kinds = {"bool": bool, "int": int, "str": str}
     return {
         f.name: (
-            kinds[str(f.type)],
+            type(f.default),
             parameter(
                 f.default, f.metadata["help"], unit=f.metadata["unit"], group="Driver policy",
                 choices=f.metadata["choices"], documented=f.metadata["documented"], **f.metadata["bounds"],

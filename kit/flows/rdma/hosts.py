@@ -24,23 +24,11 @@ from kit.sim.costs import Costs
 from kit.sim.engine import Engine, Thread, Wait
 from kit.sim.machine import Machine
 
-__all__ = ["Connection", "Host", "HostEngine", "connect", "make_host"]
+__all__ = ["Connection", "Host", "connect", "make_host"]
 
 PAGE = 4096
 ERAS = {"old": Era.OLD, "mid": Era.MID, "new": Era.NEW}
 FIXED = {"era": None, "fixed": True, "bug": False}
-
-
-class HostEngine(Engine):
-    """A host's view of the run's engine: its threads carry the host's name, so that two hosts stay apart."""
-
-    def __init__(self, engine: Engine, host: str) -> None:
-        self.env, self.trace, self.jitter, self.rng = engine.env, engine.trace, engine.jitter, engine.rng
-        self.host = host
-
-    def thread(self, name: str) -> Thread:
-        """Return a new actor of this host."""
-        return super().thread(name if name.startswith(self.host) else f"{self.host} {name}")
 
 
 @dataclass(eq=False)
@@ -62,7 +50,7 @@ class Host:
     """
 
     name: str
-    engine: HostEngine
+    engine: Engine
     memory: PhysicalMemory
     mm: Mm
     dev: Mlx5IbDev
@@ -91,7 +79,7 @@ def make_host(
     device_frames: int = 0, swap_slots: int = 0, record_moves: bool = False,
 ) -> Host:  # fmt: skip
     """Build a host: its memory holds `frames` pages, the machine says what everything costs."""
-    p, own = parameters, HostEngine(engine, name)
+    p, own = parameters, engine.of(name)
     memory = PhysicalMemory(own, frames, device_frames, p.payload_bytes, swap_slots)
     mm = Mm(memory, own, costs_of(machine, mm_costs), name=f"{name} program", record_moves=record_moves)
     costs = costs_of(machine, mlx5_costs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +11,7 @@ from kit.memory.physical.frames import Frames, Index
 
 __all__ = ["Content"]
 
-_VERSION_SHIFT = 36  # a stamp is a settlement and, below, the page's slot plus 1
+_VERSION_SHIFT: Final = 36  # a stamp is a settlement and, below, the page's slot plus 1
 
 
 class Content:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import sub
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ __all__ = [
     "run_count", "run_of", "runs", "selection",
 ]  # fmt: skip
 
-FEW = 6  # pages up to which a loop is faster than arrays
+FEW: Final = 6  # pages up to which a loop is faster than arrays
 
 
 def region(first: int, count: int) -> int:
