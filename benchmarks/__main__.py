@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict
 
 from benchmarks.figure import Figure, report, timed
+from kit.native import compiled
 
 CASES = (
     "imports", "touches", "sequential", "random", "oversubscribed", "notebook", "hmm_range_fault", "hmm_migration",
@@ -61,7 +62,8 @@ def main(arguments: list[str]) -> int:
         except subprocess.CalledProcessError:
             failed.append(case)
     loop = timed(lambda: [sum(range(1000)) for _ in range(1000)]) * 1e3
-    print(f"\nPython {platform.python_version()}, {os.cpu_count()} cores, sum(range(1000)) in {loop:.1f} us\n")
+    how = "compiled" if compiled.modules() else "not compiled"
+    print(f"\nPython {platform.python_version()}, {how}, {os.cpu_count()} cores, sum(range(1000)) in {loop:.1f} us\n")
     print(report(figures))
     missed = sum(figure.ratio < 1 for figure in figures)
     print(f"{len(figures) - missed} of {len(figures)} limits met.")

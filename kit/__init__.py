@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kit import flows
+from kit.native import loader
 
 if TYPE_CHECKING:
     from kit.flows.registry import Flows
@@ -32,6 +33,8 @@ class _CallableFlows(ModuleType):
 
         return registry.flows()
 
+
+loader.install()
 
 # Importing a submodule binds its name here, so a function called `flows` would not last.
 sys.modules["kit.flows"].__class__ = _CallableFlows

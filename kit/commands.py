@@ -181,6 +181,26 @@ def _parameters(options: Namespace) -> int:
     return OK
 
 
+def _compile(options: Namespace) -> int:
+    from kit.native import build, compiled
+
+    if options.remove:
+        build.remove()
+        return OK
+    if options.if_possible and (compiled.unwanted() or compiled.modules()):
+        return OK
+    begun = time.perf_counter()
+    try:
+        build.check()
+        sys.stderr.write("compiling the engine and the CUDA driver, about two minutes ...\n")
+        _write(f"{build.build()} modules compiled in {time.perf_counter() - begun:.0f} s")
+    except build.CompileError as wrong:
+        if not options.if_possible:
+            raise
+        sys.stderr.write(f"kit: not compiled, the same results take twice the time: {wrong}\n")
+    return OK
+
+
 def _lab(options: Namespace) -> int:
     # Announcements and the update check are JupyterLab's only calls to the network.
     offline = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
@@ -195,5 +215,6 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "sweep": _sweep,
     "batch": _batch,
     "parameters": _parameters,
+    "compile": _compile,
     "lab": _lab,
 }

@@ -1,0 +1,88 @@
+"""Compile the rooms through which every fault goes, with mypyc: ``kit compile``.
+
+The same typed Python, as machine code: results are the same to the last byte, in about half the time. It takes a C
+compiler and two minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from kit.errors import KitError
+from kit.native import compiled
+from kit.native.inline import inline_steps
+
+__all__ = ["CompileError", "build", "check", "remove"]
+
+# Packages by file: the engine and the trace, masks and content, and the whole CUDA driver.
+MODULES = (
+    "sim/columns.py", "sim/engine.py", "sim/locks.py", "sim/trace.py",
+    "memory/table/pagemask.py", "memory/physical/content.py",
+    "drivers/uvm/*.py",
+)  # fmt: skip
+SETUP = """
+import sys
+from mypyc.build import mypycify
+from setuptools import setup
+to, *files = sys.argv[1:]
+setup(
+    name="kit", packages=[], ext_modules=mypycify(["--strict", *files], opt_level="3", debug_level="0"),
+    script_args=["-q", "build_ext", "--build-lib", to, "--build-temp", "objects"],
+)
+"""
+
+
+class CompileError(KitError):
+    """The compiler said no."""
+
+
+def check() -> None:
+    """Raise `CompileError` where there is nothing to compile with."""
+    if not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
+        raise CompileError("there is no C compiler (cc)")
+    missing = [name for name in ("mypyc", "setuptools") if find_spec(name) is None]
+    if missing:
+        raise CompileError(f"{' and '.join(missing)} must be installed: pip install 'farfault-kit[compile]'")
+
+
+def build() -> int:
+    """Compile, and put the modules where `kit.native.loader` finds them; return how many there are.
+
+    Raises
+    ------
+    CompileError
+        With what the compiler said; what was compiled before stays.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        there, made, text = Path(folder), Path(folder, "made"), compiled.fingerprint()
+        shutil.copytree(compiled.PACKAGE, there / "kit", ignore=shutil.ignore_patterns(compiled.COMPILED.name))
+        files = [file for pattern in MODULES for file in sorted((there / "kit").glob(pattern))]
+        files = [file for file in files if file.name != "__init__.py"]
+        for file in files:
+            file.write_text(inline_steps(file.read_text("utf-8")), "utf-8")
+        names = [str(file.relative_to(there)) for file in files]
+        command = [sys.executable, "-c", SETUP, str(made), *names]
+        done = subprocess.run(command, cwd=there, capture_output=True, text=True)
+        if done.returncode:
+            raise CompileError(f"the modules cannot be compiled: {(done.stdout + done.stderr).strip()[-2000:]}")
+        found = {_module(file.relative_to(made)): str(file.relative_to(made)) for file in sorted(made.rglob("*.*"))}
+        said = {"fingerprint": text, "modules": found}
+        (made / compiled.MANIFEST).write_text(json.dumps(said, indent=1), "utf-8")
+        remove()
+        shutil.move(made, compiled.COMPILED)
+    return len(files)
+
+
+def remove() -> None:
+    """Delete what was compiled for this Python."""
+    shutil.rmtree(compiled.COMPILED, ignore_errors=True)
+
+
+def _module(file: Path) -> str:
+    return ".".join([*file.parts[:-1], file.name.partition(".")[0]])

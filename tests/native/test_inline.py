@@ -1,0 +1,109 @@
+"""Spans written into functions record what the decorators record, and leave every line where it was."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kit.native.build import MODULES
+from kit.native.compiled import PACKAGE
+from kit.native.inline import inline_steps
+from kit.sim.engine import Engine
+from kit.sim.trace import Trace
+
+FILES = [file for pattern in MODULES for file in sorted(PACKAGE.glob(pattern))]
+SAMPLE = '''
+from kit.sim.trace import step, waiting_step
+
+
+class Driver:
+    @waiting_step
+    def outer(self, thread, pages):
+        """Wait, call, and pass the answer on.
+
+        Twice.
+        """
+        thread.charge(2.0)
+        yield from thread.sync()
+        # A comment stays.
+        for page in range(pages):
+            try:
+                answer = inner(self, thread, page)
+            except ValueError:
+                thread.note(status="NV_ERR")
+        return answer
+
+    @step
+    def nothing(self, thread):
+        """Do nothing."""
+
+
+@step
+def inner(driver, worker, page):
+    """Refuse page 1."""
+    worker.charge(1.5)
+    driver.nothing(worker)
+    if page == 1:
+        raise ValueError(page)
+    worker.note(va=page << 12, pages=1)
+    return page
+'''
+
+
+def recorded(source: str) -> tuple[Trace, Any]:
+    space: dict[str, Any] = {"__name__": "sample"}
+    exec(compile(source, "sample.py", "exec"), space)
+    engine = Engine()
+    answer = engine.run(engine.start(space["Driver"]().outer(engine.thread("t"), 3)))
+    return engine.trace, answer
+
+
+def test_the_same_spans() -> None:
+    (decorated, wanted), (inlined, found) = recorded(SAMPLE), recorded(inline_steps(SAMPLE))
+    assert found == wanted == 2
+    assert inlined.steps.words == decorated.steps.words == ["outer", "inner", "nothing"]
+    assert len(inlined.spans) == 7
+    assert inlined.spans.array().tolist() == decorated.spans.array().tolist()
+
+
+def test_no_decorator_is_left() -> None:
+    assert "step\ndef" not in inline_steps(SAMPLE).replace(" ", "")
+
+
+def recorded_functions(tree: ast.Module) -> dict[int, ast.FunctionDef]:
+    every = [each for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)]
+    return {each.end_lineno or 0: each for each in every if any("step" in ast.dump(d) for d in each.decorator_list)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_statement_stays_in_its_line(file: Path) -> None:
+    source = file.read_text("utf-8")
+    tree, inlined = ast.parse(source), ast.parse(inline_steps(source))
+    bodies = {n.body[2].end_lineno: n for n in ast.walk(inlined) if isinstance(n, ast.FunctionDef) and len(n.body) == 3}
+    for end, function in recorded_functions(tree).items():
+        written = bodies[end + 1]  # ``finally`` takes the blank line that follows
+        block = written.body[2]
+        assert isinstance(block, ast.Try)
+        assert ast.get_docstring(written) == ast.get_docstring(function)
+        kept = function.body[1:]
+        assert [(ast.dump(s), s.lineno, s.end_lineno) for s in kept] == [
+            (ast.dump(s), s.lineno, s.end_lineno) for s in block.body if kept
+        ]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "@step\ndef f(a, thread):\n    return 1\n",
+        "@other\n@step\ndef f(a, thread):\n    'Doc.'\n    return 1\n",
+        "@step\ndef f(a, thread):\n    'Doc.'\n    return '''a\n    b'''\n",
+        "@step\ndef f(a, thread):\n    'Doc.'\n    return 1\nx = 1\n",
+    ],
+    ids=["no docstring", "two decorators", "a string over lines", "no blank line after it"],
+)
+def test_what_cannot_be_written_out_is_refused(source: str) -> None:
+    with pytest.raises(ValueError, match="f cannot be written out with its span"):
+        inline_steps(source)
