@@ -12,7 +12,7 @@ __all__ = ["MOVE_COLUMNS", "SPAN_COLUMNS", "Copies", "Moves", "Names", "Spans"]
 
 SPAN_COLUMNS: Final = ("start", "end", "step", "actor", "parent", "va", "pages", "bytes", "cause", "status", "value")
 MOVE_COLUMNS: Final = ("start", "end", "first_page", "pages", "src", "dst", "cause")
-PAGE: Final = 4096  # bytes
+PAGE_SHIFT: Final = 12
 LOG_SHIFT: Final = 2  # a row takes 1 << LOG_SHIFT places of the spans' log
 LOG_WIDTH: Final = 1 << LOG_SHIFT
 STEP_SHIFT: Final = 8  # a span's key is step << 8 | actor
@@ -174,7 +174,7 @@ class Copies:
             before = place
             for start, end, page, count, cause in lay_out(*how):
                 log[at : at + LOG_WIDTH] = end, start, key, parent
-                facts += (at, page * PAGE, count, count * PAGE, cause, 0, 0)
+                facts += (at, page << PAGE_SHIFT, count, count << PAGE_SHIFT, cause, 0, 0)
                 if src != dst:
                     moved += (start, end, page, count, src, dst, cause)
                 at += LOG_WIDTH

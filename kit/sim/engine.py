@@ -38,7 +38,7 @@ class Clock(simpy.core.Environment):
         It is what waiting for a timeout comes to when that timeout is the next event anyway.
         """
         time = self._now + delay
-        if self._queue and self._queue[0][0] <= time:
+        if self._due_by(time):
             return False
         self._now = time
         return True
@@ -48,10 +48,17 @@ class Clock(simpy.core.Environment):
         ahead = time - self._now
         if ahead > 0:
             time = self._now + ahead
-            if self._queue and self._queue[0][0] <= time:
+            if self._due_by(time):
                 return None
             self._now = time
         return self._now
+
+    def _due_by(self, time: float) -> bool:
+        queue = self._queue
+        if not queue:
+            return False
+        due: float = queue[0][0]
+        return due <= time
 
     def at(self, time: float) -> Event:
         """Return an event that happens at `time`, exactly."""

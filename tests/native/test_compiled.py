@@ -54,6 +54,39 @@ def test_results_are_the_same_to_the_last_byte() -> None:
     assert found == wanted
 
 
+# Runs that are stopped at any moment, as Ctrl-C and a notebook's stop button do.
+STOPPED = """
+import random, signal, sys, time
+import kit
+
+class Stopped(Exception):
+    pass
+
+def stop(*_):
+    raise Stopped
+
+signal.signal(signal.SIGALRM, stop)
+short = dict(program="stream", buffer_bytes=16 << 20)
+runs = [dict(short, lanes=1), short, dict(short, pattern="random", touches=2000, oversubscription=1.25)]
+draw, stopped, end = random.Random(1), 0, time.monotonic() + 6
+while time.monotonic() < end:
+    try:
+        flow = kit.open("cuda_demand_paging", **draw.choice(runs))
+        signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0002, 0.03))
+        flow.finish()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Stopped:
+        stopped += 1
+print(stopped)
+"""
+
+
+def test_a_run_can_be_stopped_at_any_moment() -> None:
+    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 30
+
+
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A place for compiled modules that is not the package's own."""

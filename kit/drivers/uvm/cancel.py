@@ -11,7 +11,7 @@ from kit.drivers.uvm.replays import (
     push_replay_on_gpu,
     wait_replay,
 )
-from kit.drivers.uvm.types import PAGE
+from kit.drivers.uvm.types import PAGE_SHIFT
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -52,7 +52,7 @@ def service_fault_batch_for_cancel(gpu: Gpu, thread: Thread) -> Wait:
 @step
 def cancel_fault_precise_va(gpu: Gpu, thread: Thread, page: int, reason: str) -> None:
     """Cancel one page's accesses; reads too unless only the write was illegal (uvm_gpu_replayable_faults.c)."""
-    thread.note(va=page * PAGE, pages=1, status=reason)
+    thread.note(va=page << PAGE_SHIFT, pages=1, status=reason)
     _record_fatal(thread, page, reason)
     thread.charge(gpu.costs.cancel)
     gpu.cancelled[page] = reason
@@ -111,7 +111,7 @@ def record_fatal_fault_helper(gpu: Gpu, thread: Thread, page: int, reason: str) 
 @step
 def push_cancel_on_gpu_targeted(gpu: Gpu, thread: Thread, utlb: int, page: int, reason: str) -> None:
     """Cancel by (GPC, client), and wait (uvm_gpu_replayable_faults.c)."""
-    thread.note(va=page * PAGE, pages=1, value=utlb)
+    thread.note(va=page << PAGE_SHIFT, pages=1, value=utlb)
     thread.charge(gpu.costs.cancel)
     gpu.cancelled[page] = reason
 
@@ -165,7 +165,7 @@ def _record_fatal(thread: Thread, page: int, reason: str) -> None:
         thread.now,
         thread.now,
         parent=thread.row,
-        va=page * PAGE,
+        va=page << PAGE_SHIFT,
         pages=1,
         cause=reason,
     )

@@ -9,6 +9,7 @@ from kit.drivers.uvm.perf_thrashing import PIN, THROTTLE, uvm_perf_thrashing_get
 from kit.drivers.uvm.types import (
     CPU,
     PAGE,
+    PAGE_SHIFT,
     READ_ONLY,
     READ_WRITE_ATOMIC,
     MoreProcessingRequired,
@@ -47,7 +48,7 @@ def uvm_va_space_cpu_fault_managed(va_space: VaSpace, thread: Thread, page: int,
 @waiting_step
 def uvm_va_space_cpu_fault(va_space: VaSpace, thread: Thread, page: int, write: bool) -> Wait:
     """Find the block and serve; a throttled fault sleeps without locks and starts again (uvm_va_space.c)."""
-    thread.note(va=page * PAGE, pages=1)
+    thread.note(va=page << PAGE_SHIFT, pages=1)
     thread.charge(va_space.gpu.costs.cpu_fault)
     context = ServiceContext()
     while True:
@@ -63,7 +64,7 @@ def uvm_va_space_cpu_fault(va_space: VaSpace, thread: Thread, page: int, write: 
 
 def _throttle_event(thread: Thread, name: str, page: int) -> None:
     thread.engine.trace.span(
-        name, "cpu", thread.now, thread.now, parent=thread.row, va=page * PAGE, pages=1, bytes=PAGE
+        name, "cpu", thread.now, thread.now, parent=thread.row, va=page << PAGE_SHIFT, pages=1, bytes=PAGE
     )
 
 
@@ -91,11 +92,11 @@ def block_cpu_fault_locked(block: VaBlock, thread: Thread, context: ServiceConte
     if not context.num_retries:
         context.num_retries = 1
         thread.engine.trace.span(
-            "UvmEventTypeCpuFault", "cpu", thread.now, thread.now, parent=thread.row, va=page * PAGE, pages=1,
+            "UvmEventTypeCpuFault", "cpu", thread.now, thread.now, parent=thread.row, va=page << PAGE_SHIFT, pages=1,
             cause="write" if write else "read", value=PC + (8 if write else 0),
         )  # fmt: skip
     if not block.range.migratable:
-        why = f"address {page * PAGE:#x} while a kernel may use it (no GPU page faults on this machine)"
+        why = f"address {page << PAGE_SHIFT:#x} while a kernel may use it (no GPU page faults on this machine)"
         raise DriverError(errno.EFAULT, "NV_ERR_INVALID_OPERATION, SIGBUS", "block_cpu_fault_locked", why)
     if block.pte[CPU][READ_WRITE_ATOMIC if write else READ_ONLY] >> index & 1:
         return None

@@ -133,7 +133,7 @@ def preprocess_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
     count = len(batch.page)
     thread.charge(count * gpu.costs.preprocess_entry)
     if count > 1 and batch.ascending is None and batch.page != sorted(set(batch.page)):
-        rank = [page * 8 - access for page, access in zip(batch.page, batch.access, strict=True)]
+        rank = [(page << 3) - access for page, access in zip(batch.page, batch.access, strict=True)]
         batch.pick(sorted(range(count), key=rank.__getitem__))
 
 

@@ -14,7 +14,7 @@ from kit.drivers.uvm.replays import BLOCK, push_replay_on_gpu
 from kit.drivers.uvm.types import (
     ACCESS_NAMES,
     GPU,
-    PAGE,
+    PAGE_SHIFT,
     PREFETCH,
     READ,
     REQUIRED_PROT,
@@ -73,7 +73,7 @@ def service_fault_batch_fatal_notify(gpu: Gpu, thread: Thread, batch: FaultBatch
         batch.num_invalid_prefetch += batch.instances[at]
     else:
         batch.fatal[page] = "InvalidAddress"
-    thread.note(va=page * PAGE, pages=1, status="NV_ERR_INVALID_ADDRESS")
+    thread.note(va=page << PAGE_SHIFT, pages=1, status="NV_ERR_INVALID_ADDRESS")
 
 
 @waiting_step

@@ -8,6 +8,7 @@ from functools import partial
 from kit.drivers.uvm.types import (
     CPU,
     GPU,
+    PAGE_SHIFT,
     READ_ONLY,
     READ_WRITE_ATOMIC,
     MoreProcessingRequired,
@@ -39,7 +40,7 @@ def uvm_api_migrate(va_space: VaSpace, thread: Thread, first: int, pages: int, d
 @waiting_step
 def uvm_migrate(va_space: VaSpace, thread: Thread, first: int, pages: int, destination: int) -> Wait:
     """One block: copy then map. Several: copy all, then map all (uvm_migrate.c)."""
-    thread.note(va=first * 4096, pages=pages)
+    thread.note(va=first << PAGE_SHIFT, pages=pages)
     spans = [(r, max(r.first, first), min(r.end, first + pages)) for r in va_space.ranges]
     spans = [(r, low, high) for r, low, high in spans if low < high and r.migratable]
     single = sum((high - 1) // 512 - low // 512 + 1 for _, low, high in spans) == 1

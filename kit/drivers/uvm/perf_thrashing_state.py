@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from kit.drivers.uvm.types import CPU, GPU, PAGE, VaBlock
+from kit.drivers.uvm.types import CPU, GPU, PAGE, PAGE_SHIFT, VaBlock
 from kit.memory.table.pagemask import pages_of
 from kit.sim.engine import Thread
 from kit.sim.trace import step
@@ -96,5 +96,5 @@ def thrashing_reset_pages_in_region(block: VaBlock, thread: Thread, mask: int) -
 def tools_event(block: VaBlock, thread: Thread, name: str, index: int) -> None:
     """Tell tools something about one page."""
     thread.engine.trace.span(
-        name, "gpu", thread.now, thread.now, parent=thread.row, va=block.va + index * PAGE, pages=1, bytes=PAGE
+        name, "gpu", thread.now, thread.now, parent=thread.row, va=block.va + (index << PAGE_SHIFT), pages=1, bytes=PAGE
     )

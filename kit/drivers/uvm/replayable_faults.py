@@ -21,7 +21,7 @@ from kit.drivers.uvm.replays import (
 )
 from kit.drivers.uvm.types import (
     ACCESS_NAMES,
-    PAGE,
+    PAGE_SHIFT,
 )
 from kit.errors import DriverError
 from kit.sim.engine import Thread, Wait
@@ -133,7 +133,7 @@ def report_group(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
         distinct = len(set(batch.page))
     end = (batch.copies_end or max(thread.now, batch.tracker)) if gpu.group_has_copies else thread.now
     thread.engine.trace.span(
-        "UvmEventTypeGpuFault", "gpu", batch.first_time, end, va=page * PAGE, pages=distinct,
+        "UvmEventTypeGpuFault", "gpu", batch.first_time, end, va=page << PAGE_SHIFT, pages=distinct,
         cause=ACCESS_NAMES[batch.access[0]], value=sum(batch.instances[:same]),
     )  # fmt: skip
 

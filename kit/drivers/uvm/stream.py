@@ -150,13 +150,13 @@ class StreamKernel(Stream):
         at, count, chosen = self.waiting, len(self.waiting), _run(self.waiting)
         if isinstance(chosen, slice):
             miss = self.missing(rights, chosen.start, chosen.stop)
-            failed = np.count_nonzero(miss)
+            failed = int(np.count_nonzero(miss))
             if failed < count:
                 self.wrote(chosen.start, chosen.stop, content, miss if failed else None)
         else:
             slots, need = self.slots[at], self.need[at]
             miss = rights[slots] < need
-            failed = np.count_nonzero(miss)
+            failed = int(np.count_nonzero(miss))
             content.write(slots[~miss & (need > 1)])
         self.waiting = at if failed == count else at[miss.nonzero()[0]] if failed else NOTHING
         return (count - failed) * self.cost_us
@@ -167,10 +167,10 @@ class StreamKernel(Stream):
         stop = min(start + self.window, self.count)
         look = min(start + free, stop)
         miss = self.missing(rights, start, look)
-        missed = np.count_nonzero(miss)
+        missed = int(np.count_nonzero(miss))
         if missed < look - start and look < stop:  # else the first ones take all free lanes
             miss = self.missing(rights, start, stop)
-            missed = np.count_nonzero(miss)
+            missed = int(np.count_nonzero(miss))
         if not missed:
             self.window = min(2 * self.window, 1 << 18)
             self.wrote(start, stop, content)

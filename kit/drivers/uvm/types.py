@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "GPU",
-    "MANAGED_BASE", "PAGE", "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC", "REQUIRED_PROT",
-    "WRITE", "MoreProcessingRequired", "Policy", "VaBlock", "VaRange", "VaSpace",
+    "MANAGED_BASE", "PAGE", "PAGE_SHIFT", "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC",
+    "REQUIRED_PROT", "WRITE", "MoreProcessingRequired", "Policy", "VaBlock", "VaRange", "VaSpace",
 ]  # fmt: skip
 
-PAGE: Final = 4096
+PAGE_SHIFT: Final = 12
+PAGE: Final = 1 << PAGE_SHIFT
 BLOCK_PAGES: Final = 512  # PAGES_PER_UVM_VA_BLOCK on 4 KiB hosts
 BIG_PAGES: Final = 16  # 4 KiB pages in a 64 KiB big page
 MANAGED_BASE: Final = 0x7F00_0000_0000
@@ -106,7 +107,7 @@ class VaBlock:
 
     def __init__(self, va_range: VaRange, first: int, pages: int, slots: tuple[int, int]) -> None:
         self.range, self.first, self.pages, self.slot = va_range, first, pages, slots
-        self.va = first * PAGE
+        self.va = first << PAGE_SHIFT
         self.all_pages = region(0, pages)
         self.lock = Lock()
         self.resident = [0, 0]

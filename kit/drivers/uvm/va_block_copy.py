@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
-from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE, VaBlock
+from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.memory.table.pagemask import cuts, from_pages, lengths, positions, selection
 from kit.sim.engine import Thread
@@ -76,7 +76,7 @@ def block_copy_resident_pages_between(
     whole = chunk is not None and chunk[2] == BLOCK_PAGES == block.pages
     pages = mask.bit_count()
     thread.charge(gpu.costs.push + (len(counts) if whole else pages) * gpu.costs.copy_command)
-    thread.note(block.va, pages, bytes=pages * PAGE, cause=cause)
+    thread.note(block.va, pages, bytes=pages << PAGE_SHIFT, cause=cause)
     start, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
     src, dst, ids = 1 << source, 1 << dest, trace.causes.ids
     causes = ids[cause], ids["prefetch"] if mask & prefetched else 0

@@ -6,7 +6,7 @@ from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_revocation
 from kit.drivers.uvm.types import (
     CPU,
     GPU,
-    PAGE,
+    PAGE_SHIFT,
     READ_ONLY,
     READ_WRITE,
     READ_WRITE_ATOMIC,
@@ -117,8 +117,8 @@ def block_map_gpu_to(block: VaBlock, thread: Thread, location: int, mask: int, p
     if location != GPU:
         for first, count in runs(mask):
             thread.engine.trace.span(
-                "UvmEventTypeMapRemote", "gpu", thread.now, thread.now, parent=thread.row, va=block.va + first * PAGE,
-                pages=count, bytes=count * PAGE, cause=cause,
+                "UvmEventTypeMapRemote", "gpu", thread.now, thread.now, parent=thread.row,
+                va=block.va + (first << PAGE_SHIFT), pages=count, bytes=count << PAGE_SHIFT, cause=cause,
             )  # fmt: skip
 
 

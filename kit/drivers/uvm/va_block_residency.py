@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE, READ_WRITE, VaBlock
+from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, READ_WRITE, VaBlock
 from kit.drivers.uvm.va_block_copy import block_copy_resident_pages
 from kit.drivers.uvm.va_block_map import uvm_va_block_revoke_prot, uvm_va_block_unmap, uvm_va_block_unmap_mask
 from kit.drivers.uvm.va_block_populate import BlockContext, block_populate_pages, uvm_va_block_gpu_state_get_alloc
@@ -40,7 +40,7 @@ def uvm_va_block_make_resident_copy(
     for first, count in runs(duplicates) if duplicates else ():
         thread.engine.trace.span(
             "UvmEventTypeReadDuplicateInvalidate", "gpu", thread.now, thread.now, parent=thread.row,
-            va=block.va + first * PAGE, pages=count, bytes=count * PAGE,
+            va=block.va + (first << PAGE_SHIFT), pages=count, bytes=count << PAGE_SHIFT,
         )  # fmt: skip
     yield from block_populate_pages(block, thread, context, dest, mask)
     block_copy_resident_pages(block, thread, context, mask, prefetched)
@@ -77,8 +77,8 @@ def uvm_va_block_make_resident_read_duplicate(
     block.read_duplicated |= elsewhere & mask
     for first, count in runs(elsewhere):
         trace.span(
-            "UvmEventTypeReadDuplicate", "gpu", thread.now, thread.now, parent=thread.row, va=block.va + first * PAGE,
-            pages=count, bytes=count * PAGE,
+            "UvmEventTypeReadDuplicate", "gpu", thread.now, thread.now, parent=thread.row,
+            va=block.va + (first << PAGE_SHIFT), pages=count, bytes=count << PAGE_SHIFT,
         )  # fmt: skip
     block_mark_memory_used(block, dest)
 

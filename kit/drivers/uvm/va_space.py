@@ -11,6 +11,7 @@ from kit.drivers.uvm.types import (
     CPU,
     GPU,
     PAGE,
+    PAGE_SHIFT,
     VaBlock,
     VaRange,
     VaSpace,
@@ -67,7 +68,7 @@ def uvm_va_range_create_mmap(va_space: VaSpace, thread: Thread, nbytes: int, nam
     va_space.content.grow(slot + vma.pages)
     va_range = VaRange(vma.first, vma.pages, vma, va_space, slot)
     va_space.ranges.append(va_range)
-    thread.note(va=vma.first * PAGE, pages=vma.pages, bytes=nbytes)
+    thread.note(va=vma.first << PAGE_SHIFT, pages=vma.pages, bytes=nbytes)
     return va_range
 
 
@@ -88,7 +89,7 @@ class VmOpsManaged:
 
     def may_split(self, vma: Vma, page: int) -> int:
         """An area is unmapped whole: ranges are not cut along with it, as uvm_vm_open_managed would do."""
-        return Errno(errno.EINVAL, "uvm_vm_open_managed", f"{vma} cannot be cut at {page * PAGE:#x}")
+        return Errno(errno.EINVAL, "uvm_vm_open_managed", f"{vma} cannot be cut at {page << PAGE_SHIFT:#x}")
 
     def close(self, vma: Vma, thread: Thread) -> None:
         """The area was unmapped."""
