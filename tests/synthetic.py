@@ -106,5 +106,5 @@ def random_run(moves: int, pages: int = 1 << 20, seed: int = 1) -> Run:
         dst = 1 if src in (0, 2) else 2
         where[unit] = dst
         rows[i] = (i * 10.0, i * 10.0 + (0 if src == 0 else 6), first + unit * 16, 16, src, dst, 0)
-    trace.moves.rows.fresh.extend(rows.ravel().tolist())
+    trace.moves.rows.put(rows)
     return make_run(trace, [Allocation("a", BASE, pages * PAGE)], [("kernel", 0.0, moves * 10.0)])

@@ -23,7 +23,7 @@ __all__ = ["CompileError", "build", "check", "remove"]
 
 # Packages by file: the engine and the trace, masks and content, and the whole CUDA driver.
 MODULES = (
-    "sim/columns.py", "sim/engine.py", "sim/locks.py", "sim/trace.py",
+    "sim/columns.py", "sim/engine.py", "sim/locks.py", "sim/log.py", "sim/trace.py",
     "memory/table/pagemask.py", "memory/physical/content.py",
     "drivers/uvm/*.py",
 )  # fmt: skip
@@ -63,6 +63,7 @@ def build() -> int:
     with tempfile.TemporaryDirectory() as folder:
         there, made, text = Path(folder), Path(folder, "made"), compiled.fingerprint()
         shutil.copytree(compiled.PACKAGE, there / "kit", ignore=shutil.ignore_patterns(compiled.COMPILED.name))
+        shutil.copy(there / "kit/native/log.py", there / "kit/sim/log.py")
         files = [file for pattern in MODULES for file in sorted((there / "kit").glob(pattern))]
         files = [file for file in files if file.name != "__init__.py"]
         for file in files:

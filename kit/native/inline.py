@@ -2,10 +2,10 @@
 
     @step
     def f(gpu, thread):                 def f(gpu, thread):
-        "What f does."          ->          "What f does."; _span = thread.open('f')
+        "What f does."          ->          "What f does."; (the span is opened)
         work()                              try:
                                                 work()
-                                            finally: thread.close(_span)
+                                            finally: (it is closed)
 
 Every line of a body stays at its number, so that a traceback names the line that one reads.
 """
@@ -13,6 +13,8 @@ Every line of a body stays at its number, so that a traceback names the line tha
 from __future__ import annotations
 
 import ast
+
+from kit.sim.steps import CLOSE, OPEN
 
 __all__ = ["inline_steps"]
 
@@ -42,13 +44,13 @@ def _write_out(function: ast.FunctionDef, lines: list[str]) -> None:
     if text is None or len(function.decorator_list) > 1 or _long_strings(function) or lines[end].strip():
         raise ValueError(f"line {function.lineno}: {function.name} cannot be written out with its span")
     margin = " " * function.body[0].col_offset
-    said = f"{margin}{text!r}; _span = {thread}.open({function.name!r})"
+    said = f"{margin}{text!r}; {OPEN.format(thread=thread, name=repr(function.name))}"
     signature = lines[function.lineno - 1 : first]
     # The decorator's line is the room that the signature moves up into; the docstring's lines are that of ``try``.
     head = [*signature, said, f"{margin}try:" + (" pass" if last == end else "")]
     lines[top:last] = head + [""] * (last - top - len(head))
     lines[last:end] = ["    " + line if line.strip() else line for line in lines[last:end]]
-    lines[end] = f"{margin}finally: {thread}.close(_span)"
+    lines[end] = f"{margin}finally: {CLOSE.format(thread=thread)}"
 
 
 def _name(decorator: ast.expr) -> str:

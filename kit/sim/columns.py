@@ -8,42 +8,18 @@ from typing import Any, ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.sim.log import END, KEY, PARENT, SHIFT, START, Log, Rows
+
 __all__ = ["MOVE_COLUMNS", "SPAN_COLUMNS", "Copies", "Moves", "Names", "Spans"]
 
 SPAN_COLUMNS: Final = ("start", "end", "step", "actor", "parent", "va", "pages", "bytes", "cause", "status", "value")
 MOVE_COLUMNS: Final = ("start", "end", "first_page", "pages", "src", "dst", "cause")
 PAGE_SHIFT: Final = 12
-LOG_SHIFT: Final = 2  # a row takes 1 << LOG_SHIFT places of the spans' log
-LOG_WIDTH: Final = 1 << LOG_SHIFT
 STEP_SHIFT: Final = 8  # a span's key is step << 8 | actor
 _FACTS: Final = SPAN_COLUMNS.index("va")  # columns from here on are facts that only some spans have
-_WIDTH: Final = 1 + len(SPAN_COLUMNS) - _FACTS
 LayOut = Callable[..., Iterable[tuple[float, float, int, int, int]]]
 # Of a push its place in the log, key, parent's place, place among the moves, src, dst, and how to lay it out.
 Push = tuple[int, int, int, int, int, int, LayOut, tuple[Any, ...]]
-_BLANK: Final = (0.0,) * LOG_WIDTH
-
-
-class Rows:
-    """Rows of numbers: one flat list while they are written, which costs tens of nanoseconds, an array when read.
-
-    Parameters
-    ----------
-    width : int
-        Numbers in a row.
-    """
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self.fresh: list[float] = []  # rows that nobody has read yet
-        self._read = np.zeros((0, width))
-
-    def array(self) -> NDArray[np.float64]:
-        """Return all rows, shape (rows, width)."""
-        if self.fresh:
-            self._read = np.concatenate([self._read, np.array(self.fresh, dtype=np.float64).reshape(-1, self.width)])
-            self.fresh.clear()
-        return self._read
 
 
 class Ids(dict[str, int]):
@@ -56,6 +32,18 @@ class Ids(dict[str, int]):
     def __missing__(self, word: str) -> int:
         found = self[word] = len(self.words)
         self.words.append(word)
+        return found
+
+
+class Keys(dict[str, int]):
+    """An actor's span keys by the name of the step, made when they are asked for the first time."""
+
+    def __init__(self, make: Callable[[str], int]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, step: str) -> int:
+        found = self[step] = self.make(step)
         return found
 
 
@@ -83,12 +71,12 @@ class Spans:
     columns: ClassVar = SPAN_COLUMNS
 
     def __init__(self) -> None:
-        self.log: list[Any] = []  # of each row its end, start, key, and the place in this list of its parent
-        self.facts = Rows(_WIDTH)  # a place in the log and the columns from va on
+        self.log = Log()
+        self.facts = Rows()  # a place in the log and the columns from va on
         self.before_reading: Callable[[], None] = lambda: None  # completes them
 
     def __len__(self) -> int:
-        return len(self.log) >> LOG_SHIFT
+        return len(self.log) >> SHIFT
 
     def array(self) -> NDArray[np.float64]:
         """Return all rows as a new array, shape (rows, columns)."""
@@ -101,18 +89,18 @@ class Spans:
         """Return one column as a new array, shape (rows,)."""
         self.before_reading()
         if name in ("step", "actor"):
-            key = np.array(self.log[2::LOG_WIDTH], dtype=np.int64)
+            key = self.log.column(KEY).astype(np.int64)
             return (key >> STEP_SHIFT if name == "step" else key & ((1 << STEP_SHIFT) - 1)).astype(np.float64)
         if name == "parent":
-            return (np.array(self.log[3::LOG_WIDTH], dtype=np.int64) >> LOG_SHIFT).astype(np.float64)
+            return (self.log.column(PARENT).astype(np.int64) >> SHIFT).astype(np.float64)
         if name in ("start", "end"):
-            return np.array(self.log[name == "start" :: LOG_WIDTH], dtype=np.float64)
+            return self.log.column(END if name == "end" else START)
         facts = self.facts.array()
         blank = -1.0 if name == "va" else 0.0
         said = facts[:, 1 + SPAN_COLUMNS.index(name) - _FACTS]
         chosen = said != blank
         column = np.full(len(self), blank)
-        column[facts[chosen, 0].astype(np.int64) >> LOG_SHIFT] = said[chosen]
+        column[facts[chosen, 0].astype(np.int64) >> SHIFT] = said[chosen]
         return column
 
 
@@ -127,7 +115,7 @@ class Moves:
     columns: ClassVar = MOVE_COLUMNS
 
     def __init__(self) -> None:
-        self.rows = Rows(len(MOVE_COLUMNS))
+        self.rows = Rows()
         self.before_reading: Callable[[], None] = lambda: None  # completes them
 
     def __len__(self) -> int:
@@ -160,23 +148,22 @@ class Copies:
     def push(self, push: Push, count: int) -> None:
         """Leave room for `count` spans and remember how to fill it."""
         self.pushed.append(push)
-        self.spans.log += _BLANK * count
+        self.spans.log.leave(count)
 
     def lay_out(self) -> None:
         """Complete spans and moves."""
         if not self.pushed:
             return
-        log, facts, moves = self.spans.log, self.spans.facts.fresh, self.moves.rows
-        moved: list[float] = []
-        before = 0
+        log, facts, moves = self.spans.log, self.spans.facts, self.moves.rows
+        moved, places = [], []
         for at, key, parent, place, src, dst, lay_out, how in self.pushed:
-            moved += moves.fresh[before:place]
-            before = place
             for start, end, page, count, cause in lay_out(*how):
-                log[at : at + LOG_WIDTH] = end, start, key, parent
-                facts += (at, page << PAGE_SHIFT, count, count << PAGE_SHIFT, cause, 0, 0)
+                log.write(at, end, start, key, parent)
+                facts.add(at, page << PAGE_SHIFT, count, count << PAGE_SHIFT, cause, 0, 0)
                 if src != dst:
-                    moved += (start, end, page, count, src, dst, cause)
-                at += LOG_WIDTH
-        moves.fresh[:before] = moved
+                    moved.append((start, end, page, count, src, dst, cause))
+                    places.append(place)
+                at += 1 << SHIFT
         self.pushed.clear()
+        if places:
+            moves.put(np.insert(moves.array(), places, np.array(moved, dtype=np.float64), axis=0))

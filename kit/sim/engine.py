@@ -20,7 +20,8 @@ import numpy as np
 import simpy.core
 from simpy.events import NORMAL, Event, Process, Timeout
 
-from kit.sim.columns import LOG_SHIFT
+from kit.sim.columns import Keys
+from kit.sim.log import SHIFT
 from kit.sim.trace import Trace
 
 __all__ = ["NO_WAIT", "Clock", "Engine", "Thread", "Wait"]
@@ -133,10 +134,12 @@ class Thread:
 
     Attributes
     ----------
-    log : list
-        The trace's spans, place by place (`kit.sim.trace.Spans`).
+    log : Log
+        The trace's spans.
+    keys : Keys
+        This actor's span keys.
     at : int
-        The running span's place in it, -1: none.
+        The running span's place in the log, -1: none.
     """
 
     __slots__ = ("_env", "_facts", "_jitter", "_trace", "at", "engine", "keys", "log", "name", "now")
@@ -144,17 +147,17 @@ class Thread:
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine, self.name = engine, name
         self._env, self._trace, self.log = engine.env, engine.trace, engine.trace.spans.log
-        self._facts = engine.trace.spans.facts.fresh
+        self._facts = engine.trace.spans.facts
         engine.trace.actors(name)
         self.now: float = float(engine.env.now)
         self._jitter = engine.jitter
         self.at = -1
-        self.keys: dict[str, Any] = {}
+        self.keys = Keys(lambda step: engine.trace.key(step, name))
 
     @property
     def row(self) -> int:
         """The running span's row, -1: none."""
-        return self.at >> LOG_SHIFT
+        return self.at >> SHIFT
 
     def apart(self, work: Callable[[], Any]) -> Any:
         """Do `work` as if the running step had not called it: what a completion or an interrupt calls."""
@@ -170,37 +173,15 @@ class Thread:
             microseconds *= 1.0 + self._jitter * float(self.engine.rng.random())
         self.now += microseconds
 
-    def open(self, name: str) -> int:
-        """Start a span of step `name` under the running one; return its place in the log, for `close`."""
-        log, parent = self.log, self.at
-        now: Any = self.now  # boxed once
-        self.at = len(log)
-        try:
-            log += (now, now, self.keys[name], parent)  # until it is closed, it ends where it starts
-        except KeyError:
-            log += (now, now, self.key(name), parent)
-        return self.at
-
-    def close(self, at: int) -> None:
-        """End the span at place `at` of the log: its parent is the running one again."""
-        log = self.log
-        log[at] = self.now
-        self.at = log[at + 3]
-
-    def key(self, name: str) -> int:
-        """Return this actor's span key of step `name`."""
-        found = self.keys[name] = self._trace.key(name, self.name)
-        return found
-
     def note(
         self, va: int = -1, pages: int = 0, bytes: int = 0, cause: str = "", status: str = "ok", value: float = 0
     ) -> None:  # fmt: skip
         """Fill in what the running step has learned about itself: columns of the spans from ``va`` on."""
         if cause or status != "ok":
             trace = self._trace
-            self._facts += (self.at, va, pages, bytes, trace.causes.ids[cause], trace.statuses.ids[status], value)
+            self._facts.add(self.at, va, pages, bytes, trace.causes.ids[cause], trace.statuses.ids[status], value)
         else:
-            self._facts += (self.at, va, pages, bytes, 0, 0, value)
+            self._facts.add(self.at, va, pages, bytes, 0, 0, value)
 
     def in_step(self) -> bool:
         """Bring the common clock up to this actor's if nobody else acts before; return whether they agree."""

@@ -15,14 +15,20 @@ __all__ = ["step", "waiting_step"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_RECORDED = """
+# Written before a step's body and after it.
+OPEN = (
+    "_span_log = {thread}.log; "
+    "{thread}.at = _span = _span_log.add({thread}.now, {thread}.now, {thread}.keys[{name}], {thread}.at)"
+)
+CLOSE = "{thread}.at = _span_log.close(_span, {thread}.now)"
+_RECORDED = f"""
 def make(_span_function, _span_name):
-    def recorded({parameters}):
-        _span = {thread}.open(_span_name)
+    def recorded({{parameters}}):
+        {OPEN}
         try:
-            return {call}
+            return {{call}}
         finally:
-            {thread}.close(_span)
+            {CLOSE}
     return recorded
 """
 _MARKS: dict[Any, str] = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
@@ -67,5 +73,9 @@ def _maker(thread: str, parameters: str, arguments: str, waits: bool) -> Callabl
     """Return what makes a recording function of these parameters."""
     call = f"(yield from _span_function({arguments}))" if waits else f"_span_function({arguments})"
     names: dict[str, Any] = {}
-    exec(_RECORDED.format(thread=thread, parameters=parameters, call=call), {"__name__": __name__}, names)
+    exec(
+        _RECORDED.format(thread=thread, name="_span_name", parameters=parameters, call=call),
+        {"__name__": __name__},
+        names,
+    )
     return cast("Callable[[Any, str], Any]", names["make"])

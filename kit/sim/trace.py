@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.sim.columns import (
-    LOG_SHIFT,
     MOVE_COLUMNS,
     SPAN_COLUMNS,
     STEP_SHIFT,
@@ -24,6 +23,7 @@ from kit.sim.columns import (
     Names,
     Spans,
 )
+from kit.sim.log import SHIFT
 from kit.sim.steps import step, waiting_step
 
 __all__ = ["MOVE_COLUMNS", "SPAN_COLUMNS", "Moves", "Names", "Spans", "Trace", "step", "waiting_step"]
@@ -35,7 +35,7 @@ class Trace:
     def __init__(self) -> None:
         self.spans = Spans()
         self.moves = Moves()
-        self._facts, self._moves = self.spans.facts.fresh, self.moves.rows.fresh
+        self._facts, self._moves = self.spans.facts, self.moves.rows
         self.copies = Copies(self.spans, self.moves)
         self.steps = Names()
         self.actors = Names()
@@ -58,12 +58,11 @@ class Trace:
         value: float = 0,
     ) -> int:
         """Append one finished span and return its row number."""
-        log = self.spans.log
-        at = len(log)
-        log += (end, start, self._keys.get((step, actor)) or self.key(step, actor), parent << LOG_SHIFT)
+        key = self._keys.get((step, actor)) or self.key(step, actor)
+        at = self.spans.log.add(end, start, key, parent << SHIFT)
         if va >= 0 or pages or value or cause or bytes or status != "ok":
-            self._facts += (at, va, pages, bytes, self.causes.ids[cause], self.statuses.ids[status], value)
-        return at >> LOG_SHIFT
+            self._facts.add(at, va, pages, bytes, self.causes.ids[cause], self.statuses.ids[status], value)
+        return at >> SHIFT
 
     def key(self, step: str, actor: str) -> int:
         """Return the span key of a step by an actor."""
@@ -74,7 +73,7 @@ class Trace:
 
     def move(self, start: float, end: float, first_page: int, pages: int, src: int, dst: int, cause: str = "") -> None:
         """Append a run of pages going from residency mask `src` to `dst`."""
-        self._moves += (start, end, first_page, pages, src, dst, self.causes.ids[cause])
+        self._moves.add(start, end, first_page, pages, src, dst, self.causes.ids[cause])
 
     def copied(
         self, step: str, actor: str, parent: int, count: int, src: int, dst: int, lay_out: LayOut, *how: Any
@@ -92,9 +91,7 @@ class Trace:
             cause's id of each copy.
         """
         key = self._keys.get((step, actor)) or self.key(step, actor)
-        self.copies.push(
-            (len(self.spans.log), key, parent << LOG_SHIFT, len(self._moves), src, dst, lay_out, how), count
-        )
+        self.copies.push((len(self.spans.log), key, parent << SHIFT, len(self._moves), src, dst, lay_out, how), count)
 
     def residency_at(self, time: float, first_page: int, pages: int) -> NDArray[np.int16]:
         """Return where each page is at `time`: a residency mask, or -1 while in flight.

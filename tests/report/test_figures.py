@@ -79,7 +79,7 @@ def test_read_duplicated_pages_and_gaps_between_allocations() -> None:
 
 def test_a_million_moves_are_drawn_within_two_seconds() -> None:
     run = random_run(200_000)
-    run.trace.moves.rows.fresh.extend(np.tile(run.trace.moves.array().ravel(), 4).tolist())
+    run.trace.moves.rows.put(np.tile(run.trace.moves.array(), (5, 1)))
     assert len(run.trace.moves) == 1_000_000
     figures.residency_map(empty_run())
     begun = time.process_time()

@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kit.sim.columns import LOG_SHIFT
 from kit.sim.engine import Engine, Thread, Wait
+from kit.sim.log import SHIFT
 from kit.sim.trace import SPAN_COLUMNS, Trace, step, waiting_step
 
 BLANK = {"va": -1, "pages": 0, "bytes": 0, "cause": "", "status": "ok", "value": 0}
@@ -30,7 +30,7 @@ def test_a_span_says_what_was_said_last_about_it(rows: list[tuple[dict[str, Any]
         row = trace.span("tool", "gpu", number, number + 1, parent=number - 1, **facts)
         plain.append({**BLANK, **facts})
         for more in later:
-            thread.at = row << LOG_SHIFT
+            thread.at = row << SHIFT
             thread.note(**more)
             plain[-1].update(more)
     found = trace.spans.array()
