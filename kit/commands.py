@@ -187,7 +187,11 @@ def _compile(options: Namespace) -> int:
     if options.remove:
         build.remove()
         return OK
-    if options.if_possible and (compiled.unwanted() or compiled.modules()):
+    if compiled.unwanted():
+        return OK
+    if compiled.modules():
+        if not options.if_possible:
+            _write("everything is compiled already")
         return OK
     begun = time.perf_counter()
     try:

@@ -82,10 +82,10 @@ def recorded_functions(tree: ast.Module) -> dict[int, ast.FunctionDef]:
 def test_every_statement_stays_in_its_line(file: Path) -> None:
     source = file.read_text("utf-8")
     tree, inlined = ast.parse(source), ast.parse(inline_steps(source))
-    bodies = {n.body[2].end_lineno: n for n in ast.walk(inlined) if isinstance(n, ast.FunctionDef) and len(n.body) == 3}
+    bodies = {n.body[3].end_lineno: n for n in ast.walk(inlined) if isinstance(n, ast.FunctionDef) and len(n.body) == 4}
     for end, function in recorded_functions(tree).items():
         written = bodies[end + 1]  # ``finally`` takes the blank line that follows
-        block = written.body[2]
+        block = written.body[3]
         assert isinstance(block, ast.Try)
         assert ast.get_docstring(written) == ast.get_docstring(function)
         kept = function.body[1:]
