@@ -187,7 +187,7 @@ def _compile(options: Namespace) -> int:
     if options.remove:
         build.remove()
         return OK
-    if compiled.unwanted():
+    if options.if_possible and compiled.unwanted():
         return OK
     if compiled.modules():
         if not options.if_possible:

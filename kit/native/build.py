@@ -8,6 +8,7 @@ multiplied: where a signal arrives in a product of integers above 2**31, mypyc's
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,9 @@ def build() -> int:
             file.write_text(inline_steps(file.read_text("utf-8")), "utf-8")
         names = [str(file.relative_to(there)) for file in files]
         command = [sys.executable, "-c", SETUP, str(made), *names]
-        done = subprocess.run(command, cwd=there, capture_output=True, text=True)
+        # Hidden, a function cannot be another library's: calls within this one are direct, or written out.
+        flags = {"CFLAGS": f"{os.environ.get('CFLAGS', '')} -fvisibility=hidden"}
+        done = subprocess.run(command, cwd=there, env={**os.environ, **flags}, capture_output=True, text=True)
         if done.returncode:
             raise CompileError(f"the modules cannot be compiled: {(done.stdout + done.stderr).strip()[-2000:]}")
         found = {_module(file.relative_to(made)): str(file.relative_to(made)) for file in sorted(made.rglob("*.*"))}

@@ -11,7 +11,7 @@ from functools import cache, wraps
 from inspect import Parameter, signature
 from typing import Any, TypeVar, cast
 
-__all__ = ["step", "waiting_step"]
+__all__ = ["CLOSE", "OPEN", "step", "waiting_step"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
