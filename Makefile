@@ -38,4 +38,4 @@ goldens: $(STAMP)
 	@$(BIN) -m kit.batch.expected
 
 clean:
-	rm -rf .venv $(OUT)
+	rm -rf .venv $(OUT) kit/native/compiled.*/

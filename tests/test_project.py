@@ -130,6 +130,7 @@ def test_a_wheel_carries_notebooks_and_scenarios(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("farfault_kit-*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith((".so", ".pyd"))], "for one Python only"
         archive.extractall(tmp_path / "installed")
     for folder in ("notebooks", "scenarios"):
         there = {
