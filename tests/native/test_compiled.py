@@ -198,8 +198,17 @@ def test_without_a_compiler(made: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert not made.exists()
 
 
-def test_without_mypyc(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_headers(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(build, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(CompileError, match=r"there is no Python\.h in .*python3-dev"):
+        build.check()
+
+
+def test_without_mypyc(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(build, "get_path", lambda _: str(tmp_path))
+    (tmp_path / "Python.h").touch()
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     with pytest.raises(CompileError, match=r"mypyc and setuptools must be installed: pip install"):
         build.check()
