@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import kit
@@ -82,6 +84,18 @@ def test_constraints_cover_what_the_pinned_packages_need() -> None:
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 needed.add(canonicalize_name(requirement.name))
     assert needed - set(pinned) <= {"pip"}  # every virtual environment brings its own
+
+
+def test_what_is_pinned_runs_on_every_python_that_the_project_runs_on() -> None:
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    refused = []
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
+        name, _, version = line.partition("==")
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            told = importlib.metadata.metadata(name)
+            if told["Version"] == version and oldest not in SpecifierSet(told["Requires-Python"] or ""):
+                refused.append(f"{line} needs Python {told['Requires-Python']}")
+    assert refused == []
 
 
 def test_the_public_face_is_what_it_says() -> None:
