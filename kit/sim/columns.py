@@ -164,6 +164,6 @@ class Copies:
                     moved.append((start, end, page, count, src, dst, cause))
                     places.append(place)
                 at += 1 << SHIFT
-        self.pushed.clear()
         if places:
             moves.put(np.insert(moves.array(), places, np.array(moved, dtype=np.float64), axis=0))
+        self.pushed.clear()  # last: whoever is interrupted before starts again

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given
 
@@ -103,3 +104,20 @@ def test_a_page_in_flight_is_nowhere_and_a_window_cuts_runs() -> None:
     assert trace.residency_at(20.0, 102, 4).tolist() == [1, 1, 2, 2]
     assert trace.residency_at(-1.0, 100, 3).tolist() == [0, 0, 0]
     assert trace.moves.column("pages").tolist() == [8, 8]
+
+
+def test_who_is_interrupted_while_copies_are_laid_out_reads_them_all_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = Trace()
+    trace.move(0.0, 1.0, 7, 1, 0, 1)
+    trace.copied("copy", "engine", -1, 1, 1, 2, lambda: [(1.0, 2.0, 7, 1, 0)])
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "insert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trace.moves.array()
+    monkeypatch.undo()
+    assert trace.moves.array().tolist() == [[0.0, 1.0, 7, 1, 0, 1, 0], [1.0, 2.0, 7, 1, 1, 2, 0]]
+    assert trace.spans.array()[:, :3].tolist() == [[1.0, 2.0, trace.steps("copy")]]
+    assert trace.spans.column("va").tolist() == [7 * 4096]
