@@ -26,69 +26,69 @@ class Log:
     """See `kit.sim.log.Log`; keys and places are below 2**53."""
 
     def __init__(self) -> None:
-        self.cells: vec[float] = vec[float]()
+        self._cells: vec[float] = vec[float]()
 
     def __len__(self) -> int:
-        return len(self.cells)
+        return len(self._cells)
 
     def add(self, end: float, start: float, key: int, parent: int) -> int:
         """Append a span and return its place."""
-        cells = self.cells
+        cells = self._cells
         at = len(cells)
         cells = append(cells, end)
         cells = append(cells, start)
         cells = append(cells, float(key))
-        self.cells = append(cells, float(parent))
+        self._cells = append(cells, float(parent))
         return at
 
     def close(self, at: int, now: float) -> int:
         """Let the span at a place end now, and return its parent's place."""
-        cells = self.cells
+        cells = self._cells
         cells[at] = now
         return int(cells[at + PARENT])
 
     def leave(self, count: int) -> None:
         """Append room for spans that `write` fills in."""
-        cells = self.cells
+        cells = self._cells
         for _ in range(count << SHIFT):
             cells = append(cells, 0.0)
-        self.cells = cells
+        self._cells = cells
 
     def write(self, at: int, end: float, start: float, key: int, parent: int) -> None:
         """Fill in the span at a place."""
-        cells = self.cells
+        cells = self._cells
         cells[at + END], cells[at + START] = end, start
         cells[at + KEY], cells[at + PARENT] = float(key), float(parent)
 
     def column(self, which: int) -> NDArray[np.float64]:
         """Return one of the four numbers of every span, shape (spans,), as a new array."""
-        return np.frombuffer(memoryview(self.cells), dtype=np.float64)[which :: 1 << SHIFT].copy()
+        return np.frombuffer(memoryview(self._cells), dtype=np.float64)[which :: 1 << SHIFT].copy()
 
 
 class Rows:
     """See `kit.sim.log.Rows`."""
 
     def __init__(self) -> None:
-        self.fresh: vec[float] = vec[float]()
-        self.read: NDArray[np.float64] = np.zeros((0, WIDTH))
+        self._fresh: vec[float] = vec[float]()
+        self._read: NDArray[np.float64] = np.zeros((0, WIDTH))
 
     def __len__(self) -> int:
-        return len(self.read) + len(self.fresh) // WIDTH
+        return len(self._read) + len(self._fresh) // WIDTH
 
     def add(self, a: float, b: float, c: float, d: float, e: float, f: float, g: float) -> None:
         """Append a row."""
-        fresh = append(append(append(self.fresh, a), b), c)
-        self.fresh = append(append(append(append(fresh, d), e), f), g)
+        fresh = append(append(append(self._fresh, a), b), c)
+        self._fresh = append(append(append(append(fresh, d), e), f), g)
 
     def array(self) -> NDArray[np.float64]:
         """Return all rows, shape (rows, 7), not to be written to."""
-        if len(self.fresh):
-            fresh = np.frombuffer(memoryview(self.fresh), dtype=np.float64)
-            self.read = np.concatenate([self.read, fresh.reshape(-1, WIDTH)])
-            self.fresh = vec[float]()
-        return self.read
+        if len(self._fresh):
+            fresh = np.frombuffer(memoryview(self._fresh), dtype=np.float64)
+            self._read = np.concatenate([self._read, fresh.reshape(-1, WIDTH)])
+            self._fresh = vec[float]()
+        return self._read
 
     def put(self, rows: NDArray[np.float64]) -> None:
         """Have other rows, shape (rows, 7), instead."""
-        self.fresh = vec[float]()
-        self.read = rows
+        self._fresh = vec[float]()
+        self._read = rows

@@ -27,39 +27,39 @@ class Log:
     cost tens of nanoseconds.
     """
 
-    __slots__ = ("cells",)
+    __slots__ = ("_cells",)
 
     def __init__(self) -> None:
-        self.cells: list[Any] = []
+        self._cells: list[Any] = []
 
     def __len__(self) -> int:
-        return len(self.cells)
+        return len(self._cells)
 
     def add(self, end: float, start: float, key: int, parent: int) -> int:
         """Append a span and return its place."""
-        cells = self.cells
+        cells = self._cells
         at = len(cells)
         cells += (end, start, key, parent)
         return at
 
     def close(self, at: int, now: float) -> int:
         """Let the span at a place end now, and return its parent's place."""
-        cells = self.cells
+        cells = self._cells
         cells[at] = now
         parent: int = cells[at + PARENT]
         return parent
 
     def leave(self, count: int) -> None:
         """Append room for spans that `write` fills in."""
-        self.cells += [0.0] * (count << SHIFT)
+        self._cells += [0.0] * (count << SHIFT)
 
     def write(self, at: int, end: float, start: float, key: int, parent: int) -> None:
         """Fill in the span at a place."""
-        self.cells[at : at + (1 << SHIFT)] = end, start, key, parent
+        self._cells[at : at + (1 << SHIFT)] = end, start, key, parent
 
     def column(self, which: int) -> NDArray[np.float64]:
         """Return one of the four numbers of every span, shape (spans,), as a new array."""
-        return np.array(self.cells[which :: 1 << SHIFT], dtype=np.float64)
+        return np.array(self._cells[which :: 1 << SHIFT], dtype=np.float64)
 
 
 class Rows:

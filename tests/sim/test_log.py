@@ -100,5 +100,4 @@ def test_both_forms_offer_the_same() -> None:
     ]
     for name in ("Log", "Rows"):
         faces = [{m for m in vars(getattr(form, name)) if not m.startswith("_") and m.islower()} for form in FORMS]
-        fields = {"cells", "fresh", "read"}
-        assert faces[0] - fields == faces[1] - fields
+        assert faces[0] == faces[1] != set()

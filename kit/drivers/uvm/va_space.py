@@ -84,7 +84,7 @@ class VmOpsManaged:
         return uvm_vm_fault(self.va_space, thread, vmf.address // PAGE, write)
 
     def page_mkwrite(self, vmf: Vmf, thread: Thread) -> Wait:
-        """Handle it alike."""
+        """A write to an entry that is read-only: the same."""
         return self.fault(vmf, thread)
 
     def may_split(self, vma: Vma, page: int) -> int:
