@@ -26,9 +26,11 @@ __all__ = ["CompileError", "build", "check", "remove"]
 # Packages by file: the engine and the trace, masks and content, and the whole CUDA driver.
 MODULES = (
     "sim/columns.py", "sim/engine.py", "sim/locks.py", "sim/log.py", "sim/trace.py",
-    "memory/table/pagemask.py", "memory/physical/content.py",
+    "memory/table/mask_runs.py", "memory/table/pagemask.py", "memory/physical/content.py",
     "drivers/uvm/*.py",
 )  # fmt: skip
+# What has a form of its own for the compiler, in this room.
+FORMS = {"log.py": "sim/log.py", "mask_runs.py": "memory/table/mask_runs.py"}
 # What is only looked at is not checked: nobody needs the stubs of packages that the tests need.
 SETUP = """
 import sys
@@ -68,7 +70,8 @@ def build() -> int:
     with tempfile.TemporaryDirectory() as folder:
         there, made, text = Path(folder), Path(folder, "made"), compiled.fingerprint()
         shutil.copytree(compiled.PACKAGE, there / "kit", ignore=shutil.ignore_patterns(compiled.COMPILED.name))
-        shutil.copy(there / "kit/native/log.py", there / "kit/sim/log.py")
+        for form, place in FORMS.items():
+            shutil.copy(there / "kit/native" / form, there / "kit" / place)
         files = [file for pattern in MODULES for file in sorted((there / "kit").glob(pattern))]
         files = [file for file in files if file.name != "__init__.py"]
         for file in files:

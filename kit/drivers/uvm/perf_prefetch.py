@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Final
 
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, VaBlock
@@ -55,7 +54,6 @@ def uvm_perf_prefetch_prenotify_fault_migrations(block: VaBlock, thread: Thread,
     return hint
 
 
-@lru_cache(maxsize=1 << 12)
 def _compute_prefetch_mask(resident: int, faulted: int, thrashing: int, pages: int, lead: int, threshold: int) -> int:
     """Grow faults to 64 KiB units, then take for each fault the highest node that is full enough."""
     every = region(0, pages)
@@ -93,11 +91,13 @@ def _highest_node(tree: int, leaf: int, leaves: int, threshold: int) -> tuple[in
     """Return the range of the highest node around `leaf` that is above the threshold, or the leaf alone.
 
     A node cut off by the end of the tree counts the leaves it has. Failing a level does not stop the
-    driver's climb, a larger ancestor may pass: so the search may as well start at the root.
+    driver's climb, a larger ancestor may pass: so the search may as well start at the root, at the first node
+    that all the pages there are could fill.
     """
+    enough = tree.bit_count() * 100
     for level in range((leaves - 1).bit_length(), 0, -1):
         first = leaf >> level << level
         size = min(1 << level, leaves - first)
-        if (tree >> first & ((1 << size) - 1)).bit_count() * 100 > threshold * size:
+        if enough > threshold * size and (tree >> first & ((1 << size) - 1)).bit_count() * 100 > threshold * size:
             return first, first + size
     return leaf, leaf + 1

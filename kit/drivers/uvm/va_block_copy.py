@@ -10,7 +10,8 @@ import numpy as np
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
-from kit.memory.table.pagemask import cuts, from_pages, lengths, positions, selection
+from kit.memory.table.mask_runs import cut_lengths, cut_runs, selection
+from kit.memory.table.pagemask import from_pages
 from kit.sim.engine import Thread
 from kit.sim.machine import Curve
 from kit.sim.trace import step
@@ -64,28 +65,31 @@ def block_copy_resident_pages_between(
         if not mask:
             return
     cause = TOOLS_CAUSE[context.cause]
-    first, ends = cuts(mask, prefetched)
-    counts = lengths(first, ends)
+    counts = cut_lengths(mask, prefetched)
     if dest == GPU:
         curve, channel, actor = gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD"
     else:
         curve, channel, actor = gpu.copy_dtoh, gpu.gpu_to_cpu, "copy DtoH"
-    durations = list(map(curve.of_pages.__getitem__, counts))
     # One command a copy when both sides hold the block in a single chunk, else one a page (section 7.1).
     chunk = block.cpu_chunks.get(0)
     whole = chunk is not None and chunk[2] == BLOCK_PAGES == block.pages
     pages = mask.bit_count()
     thread.charge(gpu.costs.push + (len(counts) if whole else pages) * gpu.costs.copy_command)
     thread.note(block.va, pages, bytes=pages << PAGE_SHIFT, cause=cause)
-    start, block.tracker = channel.push(thread, sum(durations), after=block.tracker)
+    times, duration = curve.of_pages, 0.0
+    for count in counts:
+        duration += times[count]
+    start, block.tracker = channel.push(thread, duration, after=block.tracker)
     src, dst, ids = 1 << source, 1 << dest, trace.causes.ids
     causes = ids[cause], ids["prefetch"] if mask & prefetched else 0
     trace.copied(
         "UvmEventTypeMigration", actor, thread.row, len(counts), src, src if duplicate else dst,
-        _lay_out, start, curve, block.first, first, ends, prefetched, causes,
+        _lay_out, start, curve, block.first, mask, prefetched, causes,
     )  # fmt: skip
     _copy(block, dest, mask)
-    context.did_copy, context.copies_end = True, sum(durations, start)
+    for count in counts:  # the end of the last copy, rounded as each of them is
+        start += times[count]
+    context.did_copy, context.copies_end = True, start
     context.pages_changed_residency |= mask
     context.pages_copied |= mask
     if dest == CPU and not gpu.hal.replayable_faults:
@@ -94,12 +98,12 @@ def block_copy_resident_pages_between(
 
 
 def _lay_out(
-    start: float, curve: Curve, base: int, first: int, ends: int, prefetched: int, causes: tuple[int, int]
+    start: float, curve: Curve, base: int, mask: int, prefetched: int, causes: tuple[int, int]
 ) -> Iterator[tuple[float, float, int, int, int]]:  # fmt: skip
-    """Yield start, end, first page, number of pages and cause of each copy of a push (`Trace.copied`)."""
-    for page, end in zip(positions(first), positions(ends), strict=True):
-        done = start + curve.of_pages[end - page]
-        yield start, done, base + page, end - page, causes[prefetched >> page & 1]
+    """Yield start, end, first page, number of pages and cause's id of each copy of a push (`Trace.copied`)."""
+    for page, count in cut_runs(mask, prefetched):
+        done = start + curve.of_pages[count]
+        yield start, done, base + page, count, causes[prefetched >> page & 1]
         start = done
 
 
@@ -121,7 +125,10 @@ def _copy(block: VaBlock, dest: int, mask: int) -> None:
 def block_settle(block: VaBlock, processor: int, mask: int) -> None:
     """Bring the program's writes to the pages of `mask` into the frames that hold them at `processor`."""
     va_space = block.range.va_space
-    content, slot, chosen = va_space.content, block.slot[GPU], selection(mask, block.pages)
+    content, slot = va_space.content, block.slot[GPU]
+    if content.marks.find(1, slot, slot + block.pages) < 0:
+        return
+    chosen = selection(mask, block.pages)
     first, stop = (chosen.start, chosen.stop) if isinstance(chosen, slice) else (0, block.pages)
     written = content.marks.count(1, slot + first, slot + stop)
     if not written:

@@ -15,7 +15,7 @@ from kit.drivers.uvm.types import (
 )
 from kit.drivers.uvm.va_block_ptes import downgrade_membar, push_ptes, write_ptes
 from kit.memory.space.vm_insert import insert_run, zap_run
-from kit.memory.table.pagemask import runs
+from kit.memory.table.mask_runs import runs
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 

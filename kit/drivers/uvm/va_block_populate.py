@@ -11,7 +11,8 @@ from kit.drivers.uvm.pmm_chunks import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, MoreProcessingRequired, VaBlock
 from kit.errors import DriverError
 from kit.memory.reclaim.alloc import alloc_pages_exact
-from kit.memory.table.pagemask import first_page, region, runs
+from kit.memory.table.mask_runs import runs
+from kit.memory.table.pagemask import first_page, region
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 

@@ -13,7 +13,7 @@ from kit.drivers.uvm.types import (
     GPU,
     VaBlock,
 )
-from kit.memory.table.pagemask import selection
+from kit.memory.table.mask_runs import selection
 from kit.sim.engine import Thread
 
 __all__ = ["downgrade_membar", "push_ptes", "write_ptes"]

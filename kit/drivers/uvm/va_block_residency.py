@@ -6,7 +6,7 @@ from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, READ_WRITE,
 from kit.drivers.uvm.va_block_copy import block_copy_resident_pages
 from kit.drivers.uvm.va_block_map import uvm_va_block_revoke_prot, uvm_va_block_unmap, uvm_va_block_unmap_mask
 from kit.drivers.uvm.va_block_populate import BlockContext, block_populate_pages, uvm_va_block_gpu_state_get_alloc
-from kit.memory.table.pagemask import runs
+from kit.memory.table.mask_runs import runs
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 

@@ -21,7 +21,7 @@ from kit.errors import Errno
 from kit.memory.reclaim.alloc import free_pages_exact
 from kit.memory.space.special import install_special_mapping
 from kit.memory.space.vma import Vma
-from kit.memory.table.pagemask import runs
+from kit.memory.table.mask_runs import runs
 from kit.memory.types import (
     FAULT_FLAG_WRITE,
     VM_DONTCOPY,

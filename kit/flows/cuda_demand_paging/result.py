@@ -10,7 +10,8 @@ from kit.drivers.uvm.types import CPU, GPU, VaSpace
 from kit.drivers.uvm.va_block_copy import block_settle
 from kit.flows.metrics import SpanColumns, conformance_metrics, integrity_metrics, time_metrics
 from kit.flows.run import Integrity
-from kit.memory.table.pagemask import bools, selection
+from kit.memory.table.mask_runs import selection
+from kit.memory.table.pagemask import bools
 
 if TYPE_CHECKING:
     from kit.flows.cuda_demand_paging.session import CudaSession

@@ -42,6 +42,7 @@ from kit.sim.engine import Thread, Wait
 __all__ = ["STAGES", "CudaSession"]
 
 TURN = 32  # CPU touches between looks at what the GPU does meanwhile
+SETTLED = 1 << 18  # pages whose content is settled at once
 STAGES = ("allocate", "first_touch", "kernel", "read_back")
 
 
@@ -133,10 +134,24 @@ class CudaSession(Session):
                 self.va_space.mm, cpu, pages, accesses.write[part], self.gpu.costs.cpu_touch_page, self._wrote
             )
             yield from cpu.sync()
+        self._settle()
 
     def _wrote(self, pages: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         if len(pages):
             self.va_space.content.write(self.va_space.slots(pages))
+
+    def _settle(self) -> None:
+        """Bring what the CPU wrote into the frames it has mapped: all at once, not when each page leaves."""
+        space, table = self.va_space, self.va_space.mm.table
+        if not self.gpu.hal.replayable_faults:
+            return  # whether the CPU has written a page is what decides there if it is copied to the GPU
+        for va_range in space.ranges:
+            for first in range(0, va_range.pages, SETTLED):
+                slot = va_range.slot + first
+                marked = space.content.dirty[slot : slot + min(va_range.pages - first, SETTLED)].nonzero()[0]
+                entries = table.walk(marked + (va_range.first + first))
+                mapped = table.rights[entries] > 0
+                space.content.settle(marked[mapped] + slot, space.host, table.frame[entries[mapped]])
 
     def _kernel(self) -> Wait:
         p = self.parameters
