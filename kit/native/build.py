@@ -27,6 +27,7 @@ __all__ = ["CompileError", "build", "check", "remove"]
 MODULES = (
     "sim/columns.py", "sim/engine.py", "sim/locks.py", "sim/log.py", "sim/trace.py",
     "memory/table/mask_runs.py", "memory/table/pagemask.py", "memory/physical/content.py",
+    "memory/space/vm_insert.py",
     "drivers/uvm/*.py",
 )  # fmt: skip
 # What has a form of its own for the compiler, in this room.

@@ -38,8 +38,8 @@ class PageAllocator(Frames):
         total = system_frames + device_frames
         super().__init__("host memory", total, payload_bytes)
         self.system_frames, self.total = system_frames, total
-        self.refcount = zeros(total, np.int32)
-        self.mapcount = zeros(total, np.int32)
+        self.counts = zeros(total, np.int64)  # both counts of each page, which a mapping changes in one go
+        self.refcount, self.mapcount = self.counts.view(np.int32).reshape(total, 2).T
         self.pincount = zeros(total, np.int32)
         self.flags = zeros(total, np.uint16)
         self.order = zeros(total, np.uint8)

@@ -20,7 +20,7 @@ __all__ = ["insert_run", "vm_insert_pages", "zap_run"]
 
 Frames = slice | NDArray[np.int32]
 _OPEN = Bit.YOUNG | Bit.WRITABLE
-_ONE = np.array(1, dtype=np.int32)  # an array: a number would be made one for each sum
+_ONE = np.ones(2, dtype=np.int32).view(np.int64)  # a reference and a mapping: `PageAllocator.counts`
 
 
 @step
@@ -59,13 +59,11 @@ def insert_run(vma: Vma, slot: int, count: int, pfns: Frames, write: bool) -> No
     mm, stop = vma.mm, slot + count
     table, memory = mm.table, mm.memory
     if isinstance(pfns, slice):
-        references, mappings = memory.refcount[pfns], memory.mapcount[pfns]
-        np.add(references, _ONE, references)
-        np.add(mappings, _ONE, mappings)
+        counts = memory.counts[pfns]
+        np.add(counts, _ONE, counts)
         pfns = np.arange(pfns.start, pfns.stop, dtype=np.int32)
     else:
-        memory.refcount[pfns] += 1
-        memory.mapcount[pfns] += 1
+        memory.counts[pfns] += _ONE
     table.set_present(slot, stop, _OPEN if write else Bit.YOUNG, pfns)
     mm.rss["file"] += count
 
@@ -86,13 +84,11 @@ def zap_run(vma: Vma, slot: int, count: int, pfns: Frames | None = None) -> None
     table.clear_run(slot, stop)
     mm.rss["file"] -= there
     if isinstance(pfns, slice):
-        references, mappings = memory.refcount[pfns], memory.mapcount[pfns]
-        np.subtract(references, _ONE, references)
-        np.subtract(mappings, _ONE, mappings)
+        counts = memory.counts[pfns]
+        np.subtract(counts, _ONE, counts)
     else:
-        memory.mapcount[pfns] -= 1
-        memory.refcount[pfns] -= 1
-        references = memory.refcount[pfns]
-    if np.count_nonzero(references) < there:  # the driver has let go of some before
+        memory.counts[pfns] -= _ONE
+        counts = memory.counts[pfns]
+    if np.count_nonzero(counts) < there:  # the driver has let go of some before
         memory.refcount[pfns] += 1
         memory.put(np.r_[pfns])
