@@ -8,11 +8,13 @@ from typing import Final
 from kit.drivers.uvm.perf_thrashing import PIN, THROTTLE, uvm_perf_thrashing_get_hint
 from kit.drivers.uvm.types import (
     CPU,
+    NV_ERR_MORE_PROCESSING_REQUIRED,
+    NV_OK,
+    NV_WARN_MORE_PROCESSING_REQUIRED,
     PAGE,
     PAGE_SHIFT,
     READ_ONLY,
     READ_WRITE_ATOMIC,
-    MoreProcessingRequired,
     VaBlock,
     VaSpace,
 )
@@ -53,11 +55,11 @@ def uvm_va_space_cpu_fault(va_space: VaSpace, thread: Thread, page: int, write: 
     context = ServiceContext()
     while True:
         block = uvm_va_block_find_create_managed(va_space, thread, page)
-        until = yield from uvm_va_block_cpu_fault(block, thread, context, page, write)
-        if until is None:
+        status: int = yield from uvm_va_block_cpu_fault(block, thread, context, page, write)
+        if status == NV_OK:
             return
         _throttle_event(thread, "UvmEventTypeThrottlingStart", page)
-        thread.now = max(thread.now, until)
+        thread.now = max(thread.now, context.wakeup_time)
         yield from thread.sync()
         _throttle_event(thread, "UvmEventTypeThrottlingEnd", page)
 
@@ -70,15 +72,15 @@ def _throttle_event(thread: Thread, name: str, page: int) -> None:
 
 @waiting_step
 def uvm_va_block_cpu_fault(block: VaBlock, thread: Thread, context: ServiceContext, page: int, write: bool) -> Wait:
-    """One block operation for a CPU fault; returns when to try again if it was throttled (uvm_va_block.c)."""
+    """One block operation for a CPU fault; returns NV_STATUS (uvm_va_block.c)."""
     gpu = block.range.va_space.gpu
     yield from block.lock.acquire(thread)
     try:
-        while True:
-            try:
-                return (yield from block_cpu_fault_locked(block, thread, context, page, write))
-            except MoreProcessingRequired:
-                context.num_retries += 1
+        status = NV_ERR_MORE_PROCESSING_REQUIRED
+        while status == NV_ERR_MORE_PROCESSING_REQUIRED:
+            status = yield from block_cpu_fault_locked(block, thread, context, page, write)
+            context.num_retries += 1
+        return status
     finally:
         yield from block.lock.release(thread)
         uvm_va_block_retry_deinit(context.block_context, thread, gpu)
@@ -86,7 +88,7 @@ def uvm_va_block_cpu_fault(block: VaBlock, thread: Thread, context: ServiceConte
 
 @waiting_step
 def block_cpu_fault_locked(block: VaBlock, thread: Thread, context: ServiceContext, page: int, write: bool) -> Wait:
-    """Permission, thrashing, destination, service: the GPU path for one page (uvm_va_block.c)."""
+    """Permission, thrashing, destination, service: the GPU path for one page; NV_STATUS (uvm_va_block.c)."""
     index = page - block.first
     context.reset()
     if not context.num_retries:
@@ -99,14 +101,14 @@ def block_cpu_fault_locked(block: VaBlock, thread: Thread, context: ServiceConte
         why = f"address {page << PAGE_SHIFT:#x} while a kernel may use it (no GPU page faults on this machine)"
         raise DriverError(errno.EFAULT, "NV_ERR_INVALID_OPERATION, SIGBUS", "block_cpu_fault_locked", why)
     if block.pte[CPU][READ_WRITE_ATOMIC if write else READ_ONLY] >> index & 1:
-        return None
+        return NV_OK
     hint = uvm_perf_thrashing_get_hint(block, thread, index, CPU)
     if hint.type == THROTTLE:
-        return hint.end
+        context.wakeup_time = hint.end
+        return NV_WARN_MORE_PROCESSING_REQUIRED
     if hint.type == PIN:
         context.pinned[index] = hint.residency
     context.faulted = 1 << index
     context.wanted[READ_WRITE_ATOMIC if write else READ_ONLY] = 1 << index
     uvm_va_block_select_residency(block, thread, context, CPU)
-    yield from uvm_va_block_service_locked(block, thread, context, CPU)
-    return None
+    return (yield from uvm_va_block_service_locked(block, thread, context, CPU))

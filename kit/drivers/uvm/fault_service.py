@@ -14,11 +14,12 @@ from kit.drivers.uvm.replays import BLOCK, push_replay_on_gpu
 from kit.drivers.uvm.types import (
     ACCESS_NAMES,
     GPU,
+    NV_ERR_MORE_PROCESSING_REQUIRED,
+    NV_OK,
     PAGE_SHIFT,
     PREFETCH,
     READ,
     REQUIRED_PROT,
-    MoreProcessingRequired,
     VaBlock,
 )
 from kit.drivers.uvm.va_block_policy import ServiceContext, uvm_va_block_select_residency
@@ -84,12 +85,10 @@ def service_fault_batch_block(
     context = ServiceContext()
     yield from block.lock.acquire(thread)
     try:
-        while True:
-            try:
-                yield from service_fault_batch_block_locked(gpu, thread, batch, block, context, start, end)
-                break
-            except MoreProcessingRequired:
-                context.num_retries += 1
+        status = NV_ERR_MORE_PROCESSING_REQUIRED
+        while status == NV_ERR_MORE_PROCESSING_REQUIRED:
+            status = yield from service_fault_batch_block_locked(gpu, thread, batch, block, context, start, end)
+            context.num_retries += 1
     finally:
         yield from block.lock.release(thread)
         uvm_va_block_retry_deinit(context.block_context, thread, gpu)
@@ -100,7 +99,7 @@ def service_fault_batch_block(
 def service_fault_batch_block_locked(
     gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext, start: int, end: int
 ) -> Wait:
-    """Policy for every faulting page, then one service operation (uvm_gpu_replayable_faults.c)."""
+    """Policy for every faulting page, then one service operation; NV_STATUS (uvm_gpu_replayable_faults.c)."""
     context.reset()
     if not context.num_retries:
         context.strongest = _strongest(batch, block, start, end)
@@ -120,11 +119,12 @@ def service_fault_batch_block_locked(
     if block.thrashing is not None and block.thrashing.page is not None:
         _thrashing_hints(gpu, thread, batch, block, context)
     if not context.faulted:
-        return
+        return NV_OK
     uvm_va_block_select_residency(block, thread, context, GPU)
-    yield from uvm_va_block_service_locked(block, thread, context, GPU)
-    if context.did_migrate:
+    status: int = yield from uvm_va_block_service_locked(block, thread, context, GPU)
+    if status == NV_OK and context.did_migrate:
         batch.copies_end = max(batch.copies_end, context.block_context.copies_end)
+    return status
 
 
 def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[int, int]:

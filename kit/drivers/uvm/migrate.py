@@ -8,10 +8,11 @@ from functools import partial
 from kit.drivers.uvm.types import (
     CPU,
     GPU,
+    NV_ERR_MORE_PROCESSING_REQUIRED,
+    NV_OK,
     PAGE_SHIFT,
     READ_ONLY,
     READ_WRITE_ATOMIC,
-    MoreProcessingRequired,
     VaBlock,
     VaRange,
     VaSpace,
@@ -94,12 +95,8 @@ def block_operation(block: VaBlock, thread: Thread, operation: Callable[[BlockCo
     context = BlockContext()
     yield from block.lock.acquire(thread)
     try:
-        while True:
-            try:
-                yield from operation(context)
-                return
-            except MoreProcessingRequired:
-                continue
+        while (yield from operation(context)) == NV_ERR_MORE_PROCESSING_REQUIRED:
+            continue
     finally:
         yield from block.lock.release(thread)
         uvm_va_block_retry_deinit(context, thread, block.range.va_space.gpu)
@@ -109,15 +106,18 @@ def block_operation(block: VaBlock, thread: Thread, operation: Callable[[BlockCo
 def uvm_va_block_migrate_locked(
     block: VaBlock, thread: Thread, context: BlockContext, mask: int, destination: int, map_pages: bool
 ) -> Wait:
-    """Make resident with cause User, then map (uvm_migrate.c)."""
+    """Make resident with cause User, then map; returns NV_STATUS (uvm_migrate.c)."""
+    make_resident = uvm_va_block_make_resident
     if block.range.policy.read_duplication:
-        yield from uvm_va_block_make_resident_read_duplicate(block, thread, context, destination, mask, 0, "api")
-    else:
-        yield from uvm_va_block_make_resident(block, thread, context, destination, mask, 0, "api")
+        make_resident = uvm_va_block_make_resident_read_duplicate
+    status: int = yield from make_resident(block, thread, context, destination, mask, 0, "api")
+    if status != NV_OK:
+        return status
     if destination == CPU:
         thread.now = max(thread.now, block.tracker)
     if map_pages:
         block_migrate_add_mappings(block, thread, mask, destination)
+    return NV_OK
 
 
 @step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kit.drivers.uvm.migrate import block_operation
-from kit.drivers.uvm.types import CPU, GPU, VaBlock, VaRange, VaSpace
+from kit.drivers.uvm.types import CPU, GPU, NV_OK, VaBlock, VaRange, VaSpace
 from kit.drivers.uvm.va_block_map import uvm_va_block_add_mappings, uvm_va_block_unmap
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.drivers.uvm.va_block_residency import uvm_va_block_make_resident, uvm_va_block_make_resident_read_duplicate
@@ -156,12 +156,15 @@ def uvm_va_block_set_read_duplication(block: VaBlock, thread: Thread) -> Wait:
 
 @waiting_step
 def va_block_set_read_duplication_locked(block: VaBlock, thread: Thread, context: BlockContext) -> Wait:
-    """Each holder keeps its pages as a read-only copy (uvm_va_block.c)."""
+    """Each holder keeps its pages as a read-only copy; returns NV_STATUS (uvm_va_block.c)."""
     for holder in (CPU, GPU):
         if block.resident[holder]:
-            yield from uvm_va_block_make_resident_read_duplicate(
+            status: int = yield from uvm_va_block_make_resident_read_duplicate(
                 block, thread, context, holder, block.resident[holder], 0, "api"
             )
+            if status != NV_OK:
+                return status
+    return NV_OK
 
 
 @waiting_step
@@ -179,11 +182,14 @@ def uvm_va_block_unset_read_duplication(block: VaBlock, thread: Thread) -> Wait:
 
 @waiting_step
 def va_block_unset_read_duplication_locked(block: VaBlock, thread: Thread, context: BlockContext) -> Wait:
-    """The preferred location's copy survives, else the lowest processor's (uvm_va_block.c)."""
+    """The preferred location's copy survives, else the lowest processor's; returns NV_STATUS (uvm_va_block.c)."""
     duplicated = block.read_duplicated
     preferred = block.range.policy.preferred_location
     survivor = CPU if preferred is None else preferred
     if duplicated:
-        yield from uvm_va_block_make_resident(block, thread, context, survivor, duplicated, 0, "api")
+        status: int = yield from uvm_va_block_make_resident(block, thread, context, survivor, duplicated, 0, "api")
+        if status != NV_OK:
+            return status
     for processor in sorted(block.range.policy.accessed_by):
         uvm_va_block_set_accessed_by_locked(block, thread, processor)
+    return NV_OK

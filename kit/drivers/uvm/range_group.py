@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from kit.drivers.uvm.migrate import block_operation
-from kit.drivers.uvm.types import CPU, GPU, READ_WRITE_ATOMIC, VaBlock, VaRange, VaSpace
+from kit.drivers.uvm.types import CPU, GPU, NV_OK, READ_WRITE_ATOMIC, VaBlock, VaRange, VaSpace
 from kit.drivers.uvm.va_block_map import uvm_va_block_map, uvm_va_block_unmap
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.drivers.uvm.va_block_residency import uvm_va_block_make_resident
@@ -74,10 +74,12 @@ def uvm_range_group_va_range_migrate(va_range: VaRange, thread: Thread) -> Wait:
 
 @waiting_step
 def uvm_range_group_va_range_migrate_block_locked(block: VaBlock, thread: Thread, context: BlockContext) -> Wait:
-    """Unmap the CPU, make the whole block resident, map the GPU with every right (uvm_range_group.c)."""
+    """Unmap the CPU, make the whole block resident, map the GPU with every right; NV_STATUS (uvm_range_group.c)."""
     uvm_va_block_unmap(block, thread, CPU, block.all_pages)
-    yield from uvm_va_block_make_resident(block, thread, context, GPU, block.all_pages, 0, "range_group")
-    uvm_va_block_map_mask(block, thread)
+    status: int = yield from uvm_va_block_make_resident(block, thread, context, GPU, block.all_pages, 0, "range_group")
+    if status == NV_OK:
+        uvm_va_block_map_mask(block, thread)
+    return status
 
 
 @step

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "GPU",
-    "MANAGED_BASE", "PAGE", "PAGE_SHIFT", "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC",
-    "REQUIRED_PROT", "WRITE", "MoreProcessingRequired", "Policy", "VaBlock", "VaRange", "VaSpace",
+    "MANAGED_BASE", "NV_ERR_MORE_PROCESSING_REQUIRED", "NV_OK", "NV_WARN_MORE_PROCESSING_REQUIRED", "PAGE",
+    "PAGE_SHIFT", "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC", "REQUIRED_PROT", "WRITE",
+    "Policy", "VaBlock", "VaRange", "VaSpace",
 ]  # fmt: skip
 
 PAGE_SHIFT: Final = 12
@@ -55,12 +56,12 @@ READ_WRITE_ATOMIC: Final = 3
 COUNT_PROT: Final = 4
 REQUIRED_PROT: Final = np.array([READ_ONLY, READ_ONLY, READ_WRITE, READ_WRITE, READ_WRITE_ATOMIC], dtype=np.uint8)
 
+# NV_STATUS (nvstatuscodes.h) of what a block operation calls; every other error ends it, as an exception.
+NV_OK: Final = 0
+NV_ERR_MORE_PROCESSING_REQUIRED: Final = 0x4D  # locks were dropped: the operation starts again
+NV_WARN_MORE_PROCESSING_REQUIRED: Final = 0x1_0005  # the fault is throttled: it sleeps, then tries again
 
 _FIRST: Final = attrgetter("first")
-
-
-class MoreProcessingRequired(Exception):
-    """NV_ERR_MORE_PROCESSING_REQUIRED: locks were dropped, the block operation starts again."""
 
 
 @dataclass

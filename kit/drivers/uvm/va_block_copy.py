@@ -128,13 +128,9 @@ def block_settle(block: VaBlock, processor: int, mask: int) -> None:
     content, slot = va_space.content, block.slot[GPU]
     if content.marks.find(1, slot, slot + block.pages) < 0:
         return
-    chosen = selection(mask, block.pages)
+    chosen, pool = selection(mask, block.pages), (va_space.host, va_space.gpu.frames)[processor]
     first, stop = (chosen.start, chosen.stop) if isinstance(chosen, slice) else (0, block.pages)
-    written = content.marks.count(1, slot + first, slot + stop)
-    if not written:
-        return
-    pool = (va_space.host, va_space.gpu.frames)[processor]
-    if isinstance(chosen, slice) and written == stop - first:
+    if isinstance(chosen, slice) and content.marks.find(0, slot + first, slot + stop) < 0:
         block.clean &= ~mask
         content.settle(slice(slot + first, slot + stop), pool, block.frames_at(processor, chosen))
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kit.drivers.uvm.pmm_chunks import Chunk
-from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, MoreProcessingRequired, VaBlock
+from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, NV_ERR_MORE_PROCESSING_REQUIRED, NV_OK, VaBlock
 from kit.errors import DriverError
 from kit.memory.reclaim.alloc import alloc_pages_exact
 from kit.memory.table.mask_runs import runs
@@ -47,14 +47,14 @@ def uvm_va_block_retry_deinit(context: BlockContext, thread: Thread, gpu: Gpu) -
 
 @waiting_step
 def block_populate_pages(block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int) -> Wait:
-    """Get memory at the destination for pages not resident there (uvm_va_block.c)."""
+    """Get memory at the destination for pages not resident there; returns NV_STATUS (uvm_va_block.c)."""
     wanted = mask & ~block.resident[dest]
     if not wanted:
-        return
+        return NV_OK
     if dest == GPU:
-        yield from uvm_va_block_populate_pages_gpu(block, thread, context, wanted)
-    else:
-        block_populate_pages_cpu(block, thread, wanted)
+        return (yield from uvm_va_block_populate_pages_gpu(block, thread, context, wanted))
+    block_populate_pages_cpu(block, thread, wanted)
+    return NV_OK
 
 
 @step
@@ -109,13 +109,16 @@ def _cpu_chunk(block: VaBlock, sizes: str, at: int, held: int, todo: int) -> tup
 
 @waiting_step
 def uvm_va_block_populate_pages_gpu(block: VaBlock, thread: Thread, context: BlockContext, wanted: int) -> Wait:
-    """Populate every GPU chunk that covers wanted pages (uvm_va_block.c)."""
+    """Populate every GPU chunk that covers wanted pages; returns NV_STATUS (uvm_va_block.c)."""
     todo = wanted
     while todo:
         first, pages = _gpu_chunk(block, first_page(todo))
         if first not in block.gpu_chunks:
-            yield from block_populate_gpu_chunk(block, thread, context, first, pages)
+            status: int = yield from block_populate_gpu_chunk(block, thread, context, first, pages)
+            if status != NV_OK:
+                return status
         todo &= ~region(first, pages)
+    return NV_OK
 
 
 @step
@@ -139,11 +142,13 @@ def _gpu_chunk(block: VaBlock, page: int) -> tuple[int, int]:
 
 @waiting_step
 def block_populate_gpu_chunk(block: VaBlock, thread: Thread, context: BlockContext, first: int, pages: int) -> Wait:
-    """Allocate one chunk, zero what must be zero, hand it to the block (uvm_va_block.c)."""
+    """Allocate one chunk, zero what must be zero, hand it to the block; returns NV_STATUS (uvm_va_block.c)."""
     gpu = block.range.va_space.gpu
     if not block.gpu_state:
         uvm_va_block_gpu_state_get_alloc(block, thread)
     chunk = yield from block_alloc_gpu_chunk(block, thread, context, pages)
+    if chunk is None:
+        return NV_ERR_MORE_PROCESSING_REQUIRED
     block.tracker = max(block.tracker, chunk.root.tracker)
     block_zero_new_gpu_chunk(block, thread, chunk, first)
     gpu.pmm.own(chunk, block, first)
@@ -151,16 +156,14 @@ def block_populate_gpu_chunk(block: VaBlock, thread: Thread, context: BlockConte
     block.frames[GPU][first : first + pages] = np.arange(frame, frame + pages)
     gpu.frames.ensure(frame + pages)
     context.used_chunks.append(chunk)
+    return NV_OK
 
 
 @waiting_step
 def block_alloc_gpu_chunk(block: VaBlock, thread: Thread, context: BlockContext, pages: int) -> Wait:
     """Take a chunk kept from an earlier try, a free one, or evict with the block unlocked (uvm_va_block.c).
 
-    Raises
-    ------
-    MoreProcessingRequired
-        Memory was evicted meanwhile: the block operation starts again.
+    Returns None where memory was evicted: NV_ERR_MORE_PROCESSING_REQUIRED.
     """
     for index, kept in enumerate(context.free_chunks):
         if kept.pages == pages:
@@ -175,7 +178,7 @@ def block_alloc_gpu_chunk(block: VaBlock, thread: Thread, context: BlockContext,
     finally:
         yield from block.lock.acquire(thread)
     context.free_chunks.append(chunk)
-    raise MoreProcessingRequired
+    return None
 
 
 @step

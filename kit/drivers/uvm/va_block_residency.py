@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, READ_WRITE, VaBlock
+from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, NV_OK, PAGE_SHIFT, READ_WRITE, VaBlock
 from kit.drivers.uvm.va_block_copy import block_copy_resident_pages
 from kit.drivers.uvm.va_block_map import uvm_va_block_revoke_prot, uvm_va_block_unmap, uvm_va_block_unmap_mask
 from kit.drivers.uvm.va_block_populate import BlockContext, block_populate_pages, uvm_va_block_gpu_state_get_alloc
@@ -20,16 +20,18 @@ __all__ = [
 def uvm_va_block_make_resident(
     block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
 ) -> Wait:
-    """Copy and take over residency in one go (uvm_va_block.c)."""
-    yield from uvm_va_block_make_resident_copy(block, thread, context, dest, mask, prefetched, cause)
-    uvm_va_block_make_resident_finish(block, thread, context, mask)
+    """Copy and take over residency in one go; returns NV_STATUS (uvm_va_block.c)."""
+    status: int = yield from uvm_va_block_make_resident_copy(block, thread, context, dest, mask, prefetched, cause)
+    if status == NV_OK:
+        uvm_va_block_make_resident_finish(block, thread, context, mask)
+    return status
 
 
 @waiting_step
 def uvm_va_block_make_resident_copy(
     block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
 ) -> Wait:
-    """Unmap what must move, populate the destination, copy (uvm_va_block.c)."""
+    """Unmap what must move, populate the destination, copy; returns NV_STATUS (uvm_va_block.c)."""
     thread.note(block.va, mask.bit_count())
     context.dest, context.cause, context.pages_copied = dest, cause, 0
     block_resident_mask_get_alloc(block, thread, dest)
@@ -42,8 +44,10 @@ def uvm_va_block_make_resident_copy(
             "UvmEventTypeReadDuplicateInvalidate", "gpu", thread.now, thread.now, parent=thread.row,
             va=block.va + (first << PAGE_SHIFT), pages=count, bytes=count << PAGE_SHIFT,
         )  # fmt: skip
-    yield from block_populate_pages(block, thread, context, dest, mask)
-    block_copy_resident_pages(block, thread, context, mask, prefetched)
+    status: int = yield from block_populate_pages(block, thread, context, dest, mask)
+    if status == NV_OK:
+        block_copy_resident_pages(block, thread, context, mask, prefetched)
+    return status
 
 
 @step
@@ -57,14 +61,16 @@ def block_resident_mask_get_alloc(block: VaBlock, thread: Thread, dest: int) -> 
 def uvm_va_block_make_resident_read_duplicate(
     block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
 ) -> Wait:
-    """Give the destination a copy of its own; everybody is left with read rights (uvm_va_block.c)."""
+    """Give the destination a copy of its own; all are left with read rights; returns NV_STATUS (uvm_va_block.c)."""
     thread.note(block.va, mask.bit_count())
     context.dest, context.cause = dest, cause
     for holder in (CPU, GPU):
         entering = mask & ~block.read_duplicated & block.resident[holder]
         if entering:
             block_prep_read_duplicate_mapping(block, thread, holder, entering)
-    yield from block_populate_pages(block, thread, context, dest, mask)
+    status: int = yield from block_populate_pages(block, thread, context, dest, mask)
+    if status != NV_OK:
+        return status
     elsewhere = mask & block.resident[1 - dest]
     block_copy_resident_pages(block, thread, context, mask, prefetched, duplicate=True)
     trace = thread.engine.trace
@@ -81,6 +87,7 @@ def uvm_va_block_make_resident_read_duplicate(
             va=block.va + (first << PAGE_SHIFT), pages=count, bytes=count << PAGE_SHIFT,
         )  # fmt: skip
     block_mark_memory_used(block, dest)
+    return NV_OK
 
 
 @step

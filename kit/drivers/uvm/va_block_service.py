@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kit.drivers.uvm.perf_prefetch import uvm_perf_prefetch_get_hint_va_block
-from kit.drivers.uvm.types import CPU, GPU, READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC, VaBlock
+from kit.drivers.uvm.types import CPU, GPU, NV_OK, READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC, VaBlock
 from kit.drivers.uvm.va_block_map import (
     uvm_va_block_add_mappings_after_migration,
     uvm_va_block_map,
@@ -24,12 +24,15 @@ __all__ = ["uvm_va_block_service_locked"]
 
 @waiting_step
 def uvm_va_block_service_locked(block: VaBlock, thread: Thread, context: ServiceContext, processor: int) -> Wait:
-    """Prefetch, then copy and finish for each destination, the CPU first (uvm_va_block.c)."""
+    """Prefetch, then copy and finish for each destination, the CPU first; returns NV_STATUS (uvm_va_block.c)."""
     thread.note(block.va, context.faulted.bit_count())
     uvm_va_block_get_prefetch_hint(block, thread, context)
     for destination in list(context.new_residency):  # ascending
-        yield from uvm_va_block_service_copy(block, thread, context, processor, destination)
+        status: int = yield from uvm_va_block_service_copy(block, thread, context, processor, destination)
+        if status != NV_OK:
+            return status
         uvm_va_block_service_finish(block, thread, context, processor, destination)
+    return NV_OK
 
 
 @step
@@ -48,22 +51,25 @@ def uvm_va_block_get_prefetch_hint(block: VaBlock, thread: Thread, context: Serv
 def uvm_va_block_service_copy(
     block: VaBlock, thread: Thread, context: ServiceContext, processor: int, destination: int
 ) -> Wait:
-    """Read duplicates first, then pages to move; the CPU waits for copies that reach it (uvm_va_block.c)."""
+    """Read duplicates first, then pages to move; the CPU waits for what reaches it; NV_STATUS (uvm_va_block.c)."""
     pages, inner, prefetched = context.new_residency[destination], context.block_context, context.prefetched
     inner.pages_changed_residency, inner.did_copy = 0, False
     inner.dest, inner.cause = destination, "fault"
-    duplicated = pages & context.read_duplicate
+    duplicated, status = pages & context.read_duplicate, NV_OK
     if duplicated:
-        yield from uvm_va_block_make_resident_read_duplicate(
+        status = yield from uvm_va_block_make_resident_read_duplicate(
             block, thread, inner, destination, duplicated, prefetched, "fault"
         )
         pages &= ~duplicated
-    if pages:
-        yield from uvm_va_block_make_resident_copy(block, thread, inner, destination, pages, prefetched, "fault")
-    if inner.did_copy:
+    if pages and status == NV_OK:
+        status = yield from uvm_va_block_make_resident_copy(
+            block, thread, inner, destination, pages, prefetched, "fault"
+        )
+    if status == NV_OK and inner.did_copy:
         context.did_migrate = True
         if destination == CPU:
             thread.now = max(thread.now, block.tracker)
+    return status
 
 
 @step
