@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 
 import numpy as np
 import pytest
+from forms import read
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kit.native.log
 import kit.sim.log
-from kit.native.compiled import PACKAGE
-
-
-def read(file: str) -> ModuleType:
-    """Return a module as its source has it, whatever is compiled."""
-    spec = spec_from_file_location("read", PACKAGE / file)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 FORMS = [read("sim/log.py"), kit.native.log]
 both = pytest.mark.parametrize("form", [*FORMS, kit.sim.log], ids=["list", "packed", "in use"])
@@ -70,6 +59,22 @@ def test_a_column_that_was_read_stays_as_it_was(form: ModuleType) -> None:
         log.add(9.0, 9.0, 7, at)
     assert column.tolist() == [1.0]
     assert log.column(form.END).tolist() == [5.0, *[9.0] * 1000]
+
+
+@both
+def test_a_long_log_is_a_short_one_many_times(form: ModuleType) -> None:
+    log, rows, count = form.Log(), form.Rows(), 40_000
+    for at in range(0, count, 2):
+        assert log.add(at, at, at, at - 1) == at << form.SHIFT
+        log.leave(1)
+        rows.add(*range(at, at + form.WIDTH))
+    for at in range(0, count, 2):
+        assert log.close(at << form.SHIFT, -at) == at - 1
+        log.write(at + 1 << form.SHIFT, -at - 1, at + 1, at + 1, at)
+    assert (log.column(form.END) == -np.arange(count)).all()
+    assert (log.column(form.KEY) == np.arange(count)).all() and (log.column(form.PARENT) == np.arange(count) - 1).all()
+    assert len(rows) == count // 2
+    assert (rows.array() == np.arange(0, count, 2)[:, None] + np.arange(form.WIDTH)).all()
 
 
 @both

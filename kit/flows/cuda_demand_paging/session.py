@@ -23,6 +23,7 @@ from kit.drivers.uvm.range_group import (
 from kit.drivers.uvm.replayable_faults import start_bottom_half
 from kit.drivers.uvm.sm import launch
 from kit.drivers.uvm.types import CPU, GPU, VaSpace
+from kit.drivers.uvm.va_block_copy import block_settle
 from kit.drivers.uvm.va_space import uvm_mmap
 from kit.errors import DriverError
 from kit.flows.cuda_demand_paging.accesses import PAGE, Accesses
@@ -42,7 +43,6 @@ from kit.sim.engine import Thread, Wait
 __all__ = ["STAGES", "CudaSession"]
 
 TURN = 32  # CPU touches between looks at what the GPU does meanwhile
-SETTLED = 1 << 18  # pages whose content is settled at once
 STAGES = ("allocate", "first_touch", "kernel", "read_back")
 
 
@@ -141,17 +141,12 @@ class CudaSession(Session):
             self.va_space.content.write(self.va_space.slots(pages))
 
     def _settle(self) -> None:
-        """Bring what the CPU wrote into the frames it has mapped: all at once, not when each page leaves."""
-        space, table = self.va_space, self.va_space.mm.table
-        if not self.gpu.hal.replayable_faults:
-            return  # whether the CPU has written a page is what decides there if it is copied to the GPU
-        for va_range in space.ranges:
-            for first in range(0, va_range.pages, SETTLED):
-                slot = va_range.slot + first
-                marked = space.content.dirty[slot : slot + min(va_range.pages - first, SETTLED)].nonzero()[0]
-                entries = table.walk(marked + (va_range.first + first))
-                mapped = table.rights[entries] > 0
-                space.content.settle(marked[mapped] + slot, space.host, table.frame[entries[mapped]])
+        """Have in its frames what was written so far: from now on it can be lost."""
+        for va_range in self.va_space.ranges:
+            for block in va_range.blocks.values():
+                for processor in (CPU, GPU):
+                    if block.resident[processor]:
+                        block_settle(block, processor, block.resident[processor])
 
     def _kernel(self) -> Wait:
         p = self.parameters
@@ -163,6 +158,7 @@ class CudaSession(Session):
             yield from self._launch(kernel)
             if self.errors:
                 break
+        self._settle()
         if p.prefetch in ("to_cpu", "both"):
             yield from self._prefetch(self.program.outputs, CPU)
 
