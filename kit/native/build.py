@@ -75,8 +75,9 @@ def build() -> int:
             shutil.copy(there / "kit/native" / form, there / "kit" / place)
         files = [file for pattern in MODULES for file in sorted((there / "kit").glob(pattern))]
         files = [file for file in files if file.name != "__init__.py"]
+        numbers: dict[str, int] = {}
         for file in files:
-            file.write_text(inline_steps(file.read_text("utf-8")), "utf-8")
+            file.write_text(inline_steps(file.read_text("utf-8"), numbers), "utf-8")
         names = [str(file.relative_to(there)) for file in files]
         command = [sys.executable, "-c", SETUP, str(made), *names]
         # Hidden, a function cannot be another library's: calls within this one are direct, or written out.

@@ -21,8 +21,13 @@ __all__ = ["inline_steps"]
 DECORATORS = {"step", "waiting_step"}
 
 
-def inline_steps(source: str) -> str:
+def inline_steps(source: str, numbers: dict[str, int]) -> str:
     """Return the source of a module with its recorded functions (`kit.sim.steps`) written out.
+
+    Parameters
+    ----------
+    numbers : dict
+        A number for each step's name (`kit.sim.engine.Thread.key`); new names are added.
 
     Raises
     ------
@@ -33,18 +38,18 @@ def inline_steps(source: str) -> str:
     lines = source.split("\n")
     for found in ast.walk(ast.parse(source)):
         if isinstance(found, ast.FunctionDef) and DECORATORS & {_name(each) for each in found.decorator_list}:
-            _write_out(found, lines)
+            _write_out(found, lines, numbers.setdefault(found.name, len(numbers)))
     return "\n".join(lines)
 
 
-def _write_out(function: ast.FunctionDef, lines: list[str]) -> None:
+def _write_out(function: ast.FunctionDef, lines: list[str], number: int) -> None:
     thread, text = function.args.args[1].arg, ast.get_docstring(function)
     top, end = function.decorator_list[0].lineno - 1, function.end_lineno or 0
     first, last = function.body[0].lineno - 1, function.body[0].end_lineno or 0
     if text is None or len(function.decorator_list) > 1 or _long_strings(function) or lines[end].strip():
         raise ValueError(f"line {function.lineno}: {function.name} cannot be written out with its span")
     margin = " " * function.body[0].col_offset
-    said = f"{margin}{text!r}; {OPEN.format(thread=thread, name=repr(function.name))}"
+    said = f"{margin}{text!r}; {OPEN.format(thread=thread, key=f'{thread}.key({number}, {function.name!r})')}"
     signature = lines[function.lineno - 1 : first]
     # The decorator's line is the room that the signature moves up into; the docstring's lines are that of ``try``.
     head = [*signature, said, f"{margin}try:" + (" pass" if last == end else "")]

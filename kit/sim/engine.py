@@ -142,7 +142,7 @@ class Thread:
         The running span's place in the log, -1: none.
     """
 
-    __slots__ = ("_env", "_facts", "_jitter", "_trace", "at", "engine", "keys", "log", "name", "now")
+    __slots__ = ("_env", "_facts", "_jitter", "_numbered", "_trace", "at", "engine", "keys", "log", "name", "now")
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine, self.name = engine, name
@@ -153,11 +153,22 @@ class Thread:
         self._jitter = engine.jitter
         self.at = -1
         self.keys = Keys(lambda step: engine.trace.key(step, name))
+        self._numbered: list[int] = []
 
     @property
     def row(self) -> int:
         """The running span's row, -1: none."""
         return self.at >> SHIFT
+
+    def key(self, number: int, step: str) -> int:
+        """Return ``keys[step]`` of a step that the compiler has given a number: a place in a list is found sooner."""
+        known = self._numbered
+        if number >= len(known):
+            known += [0] * (number + 1 - len(known))
+        found = known[number]
+        if not found:
+            found = known[number] = self.keys[step]
+        return found
 
     def apart(self, work: Callable[[], Any]) -> Any:
         """Do `work` as if the running step had not called it: what a completion or an interrupt calls."""

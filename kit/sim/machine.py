@@ -14,6 +14,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kit.errors import ParameterError, did_you_mean
 
@@ -50,33 +51,24 @@ class Curve:
         self.kib = [float(p[0]) for p in points]
         self.us = [float(p[1]) for p in points]
         self.source, self.basis = source, basis
-        self._cache: dict[int, float] = {}
-        self.of_pages = PageTimes(self)
+        self._known: dict[int, float] = {}
+        self._slope = (self.us[-1] - self.us[-2]) / (self.kib[-1] - self.kib[-2]) if len(points) > 1 else 0.0
 
     def __call__(self, nbytes: int) -> float:
         """Return microseconds for `nbytes`."""
-        found = self._cache.get(nbytes)
+        found = self._known.get(nbytes)
         if found is None:
-            kib = nbytes / 1024
-            if kib > self.kib[-1]:
-                slope = (self.us[-1] - self.us[-2]) / (self.kib[-1] - self.kib[-2])
-                found = self.us[-1] + slope * (kib - self.kib[-1])
-            else:
-                found = float(np.interp(kib, self.kib, self.us))
-            self._cache[nbytes] = found
+            found = self._known[nbytes] = float(self._of(np.array([nbytes / 1024]))[0])
         return found
 
-
-class PageTimes(dict[int, float]):
-    """A curve by 4 KiB pages, computed when asked for the first time."""
-
-    def __init__(self, curve: Curve) -> None:
-        super().__init__()
-        self._curve = curve
-
-    def __missing__(self, pages: int) -> float:
-        found = self[pages] = self._curve(pages * 4096)
+    def by_pages(self, most: int) -> list[float]:
+        """Return microseconds for 0 to `most` pages of 4 KiB."""
+        found: list[float] = self._of(np.arange(most + 1, dtype=np.float64) * 4).tolist()
         return found
+
+    def _of(self, kib: NDArray[np.float64]) -> NDArray[np.float64]:
+        beyond = self.us[-1] + self._slope * (kib - self.kib[-1])
+        return np.where(kib > self.kib[-1], beyond, np.interp(kib, self.kib, self.us))
 
 
 @dataclass(frozen=True)

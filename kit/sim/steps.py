@@ -15,11 +15,8 @@ __all__ = ["CLOSE", "OPEN", "step", "waiting_step"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Written before a step's body and after it.
-OPEN = (
-    "_span_log = {thread}.log; "
-    "{thread}.at = _span = _span_log.add({thread}.now, {thread}.now, {thread}.keys[{name}], {thread}.at)"
-)
+# Written before a step's body and after it; `key` is what gives the span its key.
+OPEN = "_span_log = {thread}.log; {thread}.at = _span = _span_log.add({thread}.now, {thread}.now, {key}, {thread}.at)"
 CLOSE = "{thread}.at = _span_log.close(_span, {thread}.now)"
 _RECORDED = f"""
 def make(_span_function, _span_name):
@@ -74,7 +71,7 @@ def _maker(thread: str, parameters: str, arguments: str, waits: bool) -> Callabl
     call = f"(yield from _span_function({arguments}))" if waits else f"_span_function({arguments})"
     names: dict[str, Any] = {}
     exec(
-        _RECORDED.format(thread=thread, name="_span_name", parameters=parameters, call=call),
+        _RECORDED.format(thread=thread, key=f"{thread}.keys[_span_name]", parameters=parameters, call=call),
         {"__name__": __name__},
         names,
     )

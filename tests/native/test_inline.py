@@ -62,7 +62,7 @@ def recorded(source: str) -> tuple[Trace, Any]:
 
 
 def test_the_same_spans() -> None:
-    (decorated, wanted), (inlined, found) = recorded(SAMPLE), recorded(inline_steps(SAMPLE))
+    (decorated, wanted), (inlined, found) = recorded(SAMPLE), recorded(inline_steps(SAMPLE, {}))
     assert found == wanted == 2
     assert inlined.steps.words == decorated.steps.words == ["outer", "inner", "nothing"]
     assert len(inlined.spans) == 7
@@ -70,7 +70,7 @@ def test_the_same_spans() -> None:
 
 
 def test_no_decorator_is_left() -> None:
-    assert "step\ndef" not in inline_steps(SAMPLE).replace(" ", "")
+    assert "step\ndef" not in inline_steps(SAMPLE, {}).replace(" ", "")
 
 
 def recorded_functions(tree: ast.Module) -> dict[int, ast.FunctionDef]:
@@ -81,7 +81,7 @@ def recorded_functions(tree: ast.Module) -> dict[int, ast.FunctionDef]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_every_statement_stays_in_its_line(file: Path) -> None:
     source = file.read_text("utf-8")
-    tree, inlined = ast.parse(source), ast.parse(inline_steps(source))
+    tree, inlined = ast.parse(source), ast.parse(inline_steps(source, {}))
     bodies = {n.body[3].end_lineno: n for n in ast.walk(inlined) if isinstance(n, ast.FunctionDef) and len(n.body) == 4}
     for end, function in recorded_functions(tree).items():
         written = bodies[end + 1]  # ``finally`` takes the blank line that follows
@@ -106,4 +106,4 @@ def test_every_statement_stays_in_its_line(file: Path) -> None:
 )
 def test_what_cannot_be_written_out_is_refused(source: str) -> None:
     with pytest.raises(ValueError, match="f cannot be written out with its span"):
-        inline_steps(source)
+        inline_steps(source, {})

@@ -75,6 +75,7 @@ def test_inherited_facts_keep_their_value_and_say_where_they_come_from() -> None
     assert data["constants"] == {"a": fact(1, "as old: a trace", "estimate"), "b": fact(3, "its own")}
     curve = Curve(**data["curves"]["copy_htod"])
     assert (curve(6 << 10), curve.source, curve.basis) == (1.5, "as old: a trace", "estimate")
+    assert curve.by_pages(3) == [curve(pages << 12) for pages in range(4)] == [1, 1, 2, 3]  # the last slope goes on
     assert "extends" not in data
     assert profiles["old"]["constants"]["a"] == fact(1, "a trace"), "the profile above is left as it was"
 

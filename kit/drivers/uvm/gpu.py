@@ -102,7 +102,10 @@ class Gpu:
         self.engine, self.machine, self.module = engine, machine, module
         self.hal = FAMILIES[machine.architecture]
         self.costs = Costs(COSTS, {name: machine[name] for name in COSTS})
-        self.copy_htod, self.copy_dtoh = machine.curves["copy_htod"], machine.curves["copy_dtoh"]
+        # Microseconds of one copy by its pages.
+        self.copy_htod, self.copy_dtoh = (
+            machine.curves[name].by_pages(BLOCK_PAGES) for name in ("copy_htod", "copy_dtoh")
+        )
         self.frames = Frames("GPU memory", roots * BLOCK_PAGES, payload_bytes)
         self.table = PageTable(GEOMETRIES[self.hal.geometry])
         self.pmm = Pmm(self, roots, 1 << module.pma_batch_nonpinned_order)

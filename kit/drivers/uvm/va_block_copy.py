@@ -13,7 +13,6 @@ from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.memory.table.mask_runs import cut_lengths, cut_runs, selection
 from kit.memory.table.pagemask import from_pages
 from kit.sim.engine import Thread
-from kit.sim.machine import Curve
 from kit.sim.trace import step
 
 __all__ = ["block_copy_resident_pages", "block_settle"]
@@ -67,16 +66,16 @@ def block_copy_resident_pages_between(
     cause = TOOLS_CAUSE[context.cause]
     counts = cut_lengths(mask, prefetched)
     if dest == GPU:
-        curve, channel, actor = gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD"
+        times, channel, actor = gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD"
     else:
-        curve, channel, actor = gpu.copy_dtoh, gpu.gpu_to_cpu, "copy DtoH"
+        times, channel, actor = gpu.copy_dtoh, gpu.gpu_to_cpu, "copy DtoH"
     # One command a copy when both sides hold the block in a single chunk, else one a page (section 7.1).
     chunk = block.cpu_chunks.get(0)
     whole = chunk is not None and chunk[2] == BLOCK_PAGES == block.pages
     pages = mask.bit_count()
     thread.charge(gpu.costs.push + (len(counts) if whole else pages) * gpu.costs.copy_command)
     thread.note(block.va, pages, bytes=pages << PAGE_SHIFT, cause=cause)
-    times, duration = curve.of_pages, 0.0
+    duration = 0.0
     for count in counts:
         duration += times[count]
     start, block.tracker = channel.push(thread, duration, after=block.tracker)
@@ -84,7 +83,7 @@ def block_copy_resident_pages_between(
     causes = ids[cause], ids["prefetch"] if mask & prefetched else 0
     trace.copied(
         "UvmEventTypeMigration", actor, thread.row, len(counts), src, src if duplicate else dst,
-        _lay_out, start, curve, block.first, mask, prefetched, causes,
+        _lay_out, start, times, block.first, mask, prefetched, causes,
     )  # fmt: skip
     _copy(block, dest, mask)
     for count in counts:  # the end of the last copy, rounded as each of them is
@@ -98,11 +97,11 @@ def block_copy_resident_pages_between(
 
 
 def _lay_out(
-    start: float, curve: Curve, base: int, mask: int, prefetched: int, causes: tuple[int, int]
+    start: float, times: list[float], base: int, mask: int, prefetched: int, causes: tuple[int, int]
 ) -> Iterator[tuple[float, float, int, int, int]]:  # fmt: skip
     """Yield start, end, first page, number of pages and cause's id of each copy of a push (`Trace.copied`)."""
     for page, count in cut_runs(mask, prefetched):
-        done = start + curve.of_pages[count]
+        done = start + times[count]
         yield start, done, base + page, count, causes[prefetched >> page & 1]
         start = done
 
