@@ -102,8 +102,9 @@ class Driver:
         thread.charge(10.0)
         yield from thread.sync()
         count = min(self.around, self.vma.pages - at)
-        zap_run(self.vma, self.slot + at, count)
-        insert_run(self.vma, self.slot + at, count, slice(self.base + at, self.base + at + count), write)
+        held = slice(self.base + at, self.base + at + count)
+        zap_run(self.vma, self.slot + at, count, held)
+        insert_run(self.vma, self.slot + at, count, held, write)
         return VM_FAULT_NOPAGE
 
     page_mkwrite = fault

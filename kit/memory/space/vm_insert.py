@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from errno import EINVAL
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["insert_run", "vm_insert_pages", "zap_run"]
 
 Frames = slice | NDArray[np.int32]
-_OPEN = Bit.YOUNG | Bit.WRITABLE
-_ONE = np.ones(2, dtype=np.int32).view(np.int64)  # a reference and a mapping: `PageAllocator.counts`
+_OPEN: Final = Bit.YOUNG | Bit.WRITABLE
+_ONE: Final = np.ones(2, dtype=np.int32).view(np.int64)  # a reference and a mapping: `PageAllocator.counts`
 
 
 @step
@@ -68,27 +68,26 @@ def insert_run(vma: Vma, slot: int, count: int, pfns: Frames, write: bool) -> No
     mm.rss["file"] += count
 
 
-def zap_run(vma: Vma, slot: int, count: int, pfns: Frames | None = None) -> None:
+def zap_run(vma: Vma, slot: int, count: int, held: slice | None = None) -> None:
     """Remove entries made by `insert_run`, as far as they are there (unmap_mapping_range of one area).
 
     Parameters
     ----------
-    pfns : slice, or ndarray of int32, shape (count,), optional
-        What they map if they are all there: a slice saves time.
+    held : slice, optional
+        The pages that are mapped where all entries are there, if the driver has not let go of any: that saves time.
     """
     mm, stop = vma.mm, slot + count
     table, memory = mm.table, mm.memory
-    there = int(np.count_nonzero(table.kind[slot:stop]))
-    if there < count or not isinstance(pfns, slice):
-        pfns = table.frame[slot:stop][table.kind[slot:stop] != Kind.NONE]
-    table.clear_run(slot, stop)
+    there = count - table.kind[slot:stop].tobytes().count(Kind.NONE)
     mm.rss["file"] -= there
-    if isinstance(pfns, slice):
-        counts = memory.counts[pfns]
+    if held is not None and there == count:
+        table.clear_run(slot, stop)
+        counts = memory.counts[held]
         np.subtract(counts, _ONE, counts)
-    else:
-        memory.counts[pfns] -= _ONE
-        counts = memory.counts[pfns]
-    if np.count_nonzero(counts) < there:  # the driver has let go of some before
+        return
+    pfns = table.frame[slot:stop][table.kind[slot:stop] != Kind.NONE]
+    table.clear_run(slot, stop)
+    memory.counts[pfns] -= _ONE
+    if np.count_nonzero(memory.counts[pfns]) < there:  # the driver has let go of some before
         memory.refcount[pfns] += 1
-        memory.put(np.r_[pfns])
+        memory.put(pfns)
