@@ -59,7 +59,7 @@ def uvm_va_space_cpu_fault(va_space: VaSpace, thread: Thread, page: int, write: 
         if status == NV_OK:
             return
         _throttle_event(thread, "UvmEventTypeThrottlingStart", page)
-        thread.now = max(thread.now, context.wakeup_time)
+        thread.now = max(thread.now, context.wakeup_time_stamp)
         yield from thread.sync()
         _throttle_event(thread, "UvmEventTypeThrottlingEnd", page)
 
@@ -104,7 +104,7 @@ def block_cpu_fault_locked(block: VaBlock, thread: Thread, context: ServiceConte
         return NV_OK
     hint = uvm_perf_thrashing_get_hint(block, thread, index, CPU)
     if hint.type == THROTTLE:
-        context.wakeup_time = hint.end
+        context.wakeup_time_stamp = hint.end
         return NV_WARN_MORE_PROCESSING_REQUIRED
     if hint.type == PIN:
         context.pinned[index] = hint.residency

@@ -134,7 +134,7 @@ def block_settle(block: VaBlock, processor: int, mask: int) -> None:
         content.settle(slice(slot + first, slot + stop), pool, block.frames_at(processor, chosen))
         return
     dirty = content.dirty[slot + first : slot + stop]
-    pages = (dirty if isinstance(chosen, slice) else dirty & chosen).nonzero()[0] + first
+    pages = dirty.nonzero()[0] + first if isinstance(chosen, slice) else (dirty & chosen).nonzero()[0]
     if block.clean:
         block.clean &= ~from_pages(pages)
     if len(pages):

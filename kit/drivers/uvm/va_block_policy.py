@@ -16,12 +16,12 @@ class ServiceContext:
     ``wanted[prot]`` are the faulting pages whose access needs that right; ``new_residency[dest]``
     where pages go; ``pinned`` pages that thrashing pinned (page to residency). Of a batch's faults:
     ``strongest`` the pages by access type, ``distinct`` their number, ``instances`` that of the faults.
-    A throttled CPU fault tries again at ``wakeup_time``.
+    A throttled CPU fault tries again at ``wakeup_time_stamp``.
     """
 
     num_retries = 0
     did_migrate = False
-    wakeup_time = 0.0
+    wakeup_time_stamp = 0.0
     strongest: dict[int, int]
     distinct: int
     instances: int
