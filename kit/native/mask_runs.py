@@ -13,7 +13,7 @@ from librt.strings import read_i32_le
 from mypy_extensions import i64
 from numpy.typing import NDArray
 
-from kit.memory.table.pagemask import bools, run_of
+from kit.memory.table.pagemask import run_of
 
 __all__ = ["cut_lengths", "cut_runs", "runs", "selection"]
 
@@ -112,9 +112,11 @@ def selection(mask: int, count: int) -> slice | NDArray[np.bool_]:
     if last.mask != mask or last.count != count:
         run = run_of(mask)
         if run is None:
-            picked = bools(mask, count)
-            picked.flags.writeable = False
-            last.picked = picked
+            marks = bytearray(count)
+            for first, pages in cut_runs(mask, 0):
+                for page in range(first, first + pages):
+                    marks[page] = 1
+            last.picked = np.frombuffer(bytes(marks), np.bool_)
         else:
             last.picked = run
         last.mask, last.count = mask, count

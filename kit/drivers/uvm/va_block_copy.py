@@ -11,7 +11,7 @@ from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.memory.table.mask_runs import cut_lengths, cut_runs, selection
-from kit.memory.table.pagemask import from_pages
+from kit.memory.table.pagemask import first_page, from_pages
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -125,16 +125,16 @@ def block_settle(block: VaBlock, processor: int, mask: int) -> None:
     """Bring the program's writes to the pages of `mask` into the frames that hold them at `processor`."""
     va_space = block.range.va_space
     content, slot = va_space.content, block.slot[GPU]
-    if content.marks.find(1, slot, slot + block.pages) < 0:
+    first, stop = first_page(mask), mask.bit_length()
+    if content.marks.find(1, slot + first, slot + stop) < 0:
         return
     chosen, pool = selection(mask, block.pages), (va_space.host, va_space.gpu.frames)[processor]
-    first, stop = (chosen.start, chosen.stop) if isinstance(chosen, slice) else (0, block.pages)
     if isinstance(chosen, slice) and content.marks.find(0, slot + first, slot + stop) < 0:
         block.clean &= ~mask
         content.settle(slice(slot + first, slot + stop), pool, block.frames_at(processor, chosen))
         return
     dirty = content.dirty[slot + first : slot + stop]
-    pages = dirty.nonzero()[0] + first if isinstance(chosen, slice) else (dirty & chosen).nonzero()[0]
+    pages = (dirty if isinstance(chosen, slice) else dirty & chosen[first:stop]).nonzero()[0] + first
     if block.clean:
         block.clean &= ~from_pages(pages)
     if len(pages):
