@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kit.memory.table.pagemask import run_of
 
-__all__ = ["cut_lengths", "cut_runs", "runs", "selection"]
+__all__ = ["cut_runs", "runs", "selection"]
 
 WORD: Final = 0xFFFF_FFFF
 
@@ -38,26 +38,6 @@ def cut_runs(mask: int, apart: int) -> list[tuple[int, int]]:
             page = (word << 5) + _index(low)
             if within:
                 found.append((int(first), int(page - first)))
-            if turns & low:
-                within = not within
-            first = page
-            todo ^= low
-    return found
-
-
-def cut_lengths(mask: int, apart: int) -> list[int]:
-    """See `kit.memory.table.mask_runs.cut_lengths`."""
-    found: list[int] = []
-    cut, edge, words = _edges(mask, apart)
-    first: i64 = 0
-    within = False
-    for word in range(words):
-        todo, turns = i64(read_i32_le(cut, word << 2)) & WORD, i64(read_i32_le(edge, word << 2)) & WORD
-        while todo != 0:
-            low = todo & -todo
-            page = (word << 5) + _index(low)
-            if within:
-                found.append(int(page - first))
             if turns & low:
                 within = not within
             first = page

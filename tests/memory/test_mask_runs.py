@@ -56,7 +56,6 @@ def test_runs_are_the_maximal_runs_of_the_set(form: ModuleType, pages: set[int])
 def test_cut_runs_are_cut_at_the_other_pages(form: ModuleType, pages: set[int], apart: set[int]) -> None:
     found = form.cut_runs(mask_of(pages), mask_of(apart))
     assert found == cut(pages, apart) and all(type(number) is int for run in found for number in run)
-    assert form.cut_lengths(mask_of(pages), mask_of(apart)) == [count for _, count in found]
 
 
 @both

@@ -10,7 +10,7 @@ import numpy as np
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
-from kit.memory.table.mask_runs import cut_lengths, cut_runs, selection
+from kit.memory.table.mask_runs import cut_runs, selection
 from kit.memory.table.pagemask import first_page, from_pages
 from kit.sim.engine import Thread
 from kit.sim.trace import step
@@ -64,7 +64,7 @@ def block_copy_resident_pages_between(
         if not mask:
             return
     cause = TOOLS_CAUSE[context.cause]
-    counts = cut_lengths(mask, prefetched)
+    counts = [count for _, count in cut_runs(mask, prefetched)]
     if dest == GPU:
         times, channel, actor = gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD"
     else:

@@ -6,15 +6,14 @@ Where the driver is compiled, `kit.native.mask_runs` stands in its place: the sa
 from __future__ import annotations
 
 from functools import lru_cache
-from operator import sub
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.table.pagemask import bools, run_of
+from kit.memory.table.pagemask import bools, pages_of, run_of
 
-__all__ = ["cut_lengths", "cut_runs", "runs", "selection"]
+__all__ = ["cut_runs", "runs", "selection"]
 
 FEW: Final = 6  # pages up to which a loop is faster than arrays
 
@@ -36,18 +35,6 @@ def cut_runs(mask: int, apart: int) -> list[tuple[int, int]]:
     """Return (first page, pages) of each run, ascending, cut where it enters or leaves the pages of `apart`."""
     starts, ends = (_positions(bits) for bits in _cuts(mask, apart))
     return [(first, end - first) for first, end in zip(starts, ends, strict=True)]
-
-
-def cut_lengths(mask: int, apart: int) -> list[int]:
-    """Return the pages of each run of `cut_runs`."""
-    starts, ends = _cuts(mask, apart)
-    if starts.bit_count() <= FEW:
-        return list(map(sub, _positions(ends), _positions(starts)))
-    width = ends.bit_length() + 7 & ~7
-    at = _set_bits(starts | ends << width)
-    count = len(at) // 2
-    found: list[int] = (at[count:] - at[:count] - width).tolist()
-    return found
 
 
 @lru_cache(maxsize=1 << 12)
@@ -74,15 +61,10 @@ def _positions(mask: int) -> list[int]:
     """Return the page numbers of a mask, ascending."""
     found: list[int] = []
     if mask.bit_count() > FEW:
-        found = _set_bits(mask).tolist()
+        found = pages_of(mask).tolist()
         return found
     while mask:
         low = mask & -mask
         found.append(low.bit_length() - 1)
         mask ^= low
     return found
-
-
-def _set_bits(mask: int) -> NDArray[np.int64]:
-    raw = np.frombuffer(mask.to_bytes(mask.bit_length() + 7 >> 3, "little"), dtype=np.uint8)
-    return np.unpackbits(raw, bitorder="little").nonzero()[0]
