@@ -76,11 +76,11 @@ def uvm_va_block_cpu_fault(block: VaBlock, thread: Thread, context: ServiceConte
     gpu = block.range.va_space.gpu
     yield from block.lock.acquire(thread)
     try:
-        status = NV_ERR_MORE_PROCESSING_REQUIRED
-        while status == NV_ERR_MORE_PROCESSING_REQUIRED:
-            status = yield from block_cpu_fault_locked(block, thread, context, page, write)
+        while True:
+            status: int = yield from block_cpu_fault_locked(block, thread, context, page, write)
+            if status != NV_ERR_MORE_PROCESSING_REQUIRED:
+                return status
             context.num_retries += 1
-        return status
     finally:
         yield from block.lock.release(thread)
         uvm_va_block_retry_deinit(context.block_context, thread, gpu)

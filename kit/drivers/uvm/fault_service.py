@@ -85,9 +85,9 @@ def service_fault_batch_block(
     context = ServiceContext()
     yield from block.lock.acquire(thread)
     try:
-        status = NV_ERR_MORE_PROCESSING_REQUIRED
-        while status == NV_ERR_MORE_PROCESSING_REQUIRED:
-            status = yield from service_fault_batch_block_locked(gpu, thread, batch, block, context, start, end)
+        while (
+            yield from service_fault_batch_block_locked(gpu, thread, batch, block, context, start, end)
+        ) == NV_ERR_MORE_PROCESSING_REQUIRED:
             context.num_retries += 1
     finally:
         yield from block.lock.release(thread)
