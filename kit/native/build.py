@@ -19,27 +19,33 @@ from sysconfig import get_path
 
 from kit.errors import KitError
 from kit.native import compiled
-from kit.native.inline import inline_steps
+from kit.native.inline import inline_steps, plain_masks
 
 __all__ = ["CompileError", "build", "check", "remove"]
 
 # Packages by file: the engine and the trace, masks and content, and the whole CUDA driver.
 MODULES = (
     "sim/columns.py", "sim/engine.py", "sim/locks.py", "sim/log.py", "sim/trace.py",
-    "memory/table/mask_runs.py", "memory/table/pagemask.py", "memory/physical/content.py",
-    "memory/space/vm_insert.py",
+    "memory/table/pagemask.py", "memory/physical/content.py",
+    "memory/space/vm_insert.py", "native/words.py",
     "drivers/uvm/*.py",
 )  # fmt: skip
 # What has a form of its own for the compiler, in this room.
-FORMS = {"log.py": "sim/log.py", "mask_runs.py": "memory/table/mask_runs.py"}
+FORMS = {"log.py": "sim/log.py", "pagemask.py": "memory/table/pagemask.py"}
+# What is written in C, by the module in whose place it stands.
+IN_C = {"kit.memory.columns": "kit/native/columns.c"}
 # What is only looked at is not checked: nobody needs the stubs of packages that the tests need.
 SETUP = """
-import sys
+import json, sys
+import numpy
 from mypyc.build import mypycify
-from setuptools import setup
-to, *files = sys.argv[1:]
+from setuptools import Extension, setup
+to, in_c, *files = sys.argv[1:]
+made = mypycify(["--follow-imports=silent", *files], opt_level="3", debug_level="0")
+for name, file in json.loads(in_c).items():
+    made.append(Extension(name, [file], include_dirs=[numpy.get_include()], extra_compile_args=["-O3"]))
 setup(
-    name="kit", packages=[], ext_modules=mypycify(["--follow-imports=silent", *files], opt_level="3", debug_level="0"),
+    name="kit", packages=[], ext_modules=made,
     script_args=["-q", "build_ext", "--build-lib", to, "--build-temp", "objects"],
 )
 """
@@ -77,9 +83,9 @@ def build() -> int:
         files = [file for file in files if file.name != "__init__.py"]
         numbers: dict[str, int] = {}
         for file in files:
-            file.write_text(inline_steps(file.read_text("utf-8"), numbers), "utf-8")
+            file.write_text(inline_steps(plain_masks(file.read_text("utf-8")), numbers), "utf-8")
         names = [str(file.relative_to(there)) for file in files]
-        command = [sys.executable, "-c", SETUP, str(made), *names]
+        command = [sys.executable, "-c", SETUP, str(made), json.dumps(IN_C), *names]
         # Hidden, a function cannot be another library's: calls within this one are direct, or written out.
         flags = {"CFLAGS": f"{os.environ.get('CFLAGS', '')} -fvisibility=hidden"}
         done = subprocess.run(command, cwd=there, env={**os.environ, **flags}, capture_output=True, text=True)

@@ -21,7 +21,7 @@ MANIFEST = "compiled.json"
 # One folder for each Python: what is compiled for one does not load into another.
 COMPILED = PACKAGE / "native" / ("compiled" + EXTENSION_SUFFIXES[0].rpartition(".")[0])
 # What is compiled, and what that looks at while it is: another text there makes another compiled module.
-READ = ("errors.py", "sim/*.py", "memory/**/*.py", "drivers/uvm/*.py", "native/*.py")
+READ = ("errors.py", "sim/*.py", "memory/**/*.py", "drivers/uvm/*.py", "native/*.py", "native/*.c")
 
 
 def sources() -> list[Path]:

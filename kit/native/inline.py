@@ -16,9 +16,10 @@ import ast
 
 from kit.sim.steps import CLOSE, OPEN
 
-__all__ = ["inline_steps"]
+__all__ = ["inline_steps", "plain_masks"]
 
 DECORATORS = {"step", "waiting_step"}
+IN_PLACE = {ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^"}
 
 
 def inline_steps(source: str, numbers: dict[str, int]) -> str:
@@ -40,6 +41,25 @@ def inline_steps(source: str, numbers: dict[str, int]) -> str:
         if isinstance(found, ast.FunctionDef) and DECORATORS & {_name(each) for each in found.decorator_list}:
             _write_out(found, lines, numbers.setdefault(found.name, len(numbers)))
     return "\n".join(lines)
+
+
+def plain_masks(source: str) -> str:
+    """Return the source of a module about page masks with ``mask &= other`` written as ``mask = mask & (other)``.
+
+    The compiler calls a class's own ``&`` at once, but asks Python what ``&=`` means. Targets that call something, and
+    statements over several lines, are left.
+    """
+    if "from kit.memory.table.pagemask import" not in source:
+        return source
+    lines = source.encode().split(b"\n")  # columns are counted in bytes
+    assignments = [each for each in ast.walk(ast.parse(source)) if isinstance(each, ast.AugAssign)]
+    for found in sorted(assignments, key=lambda each: -each.col_offset):  # the last of a line first
+        calls = any(isinstance(each, ast.Call) for each in ast.walk(found.target))
+        if type(found.op) in IN_PLACE and found.lineno == found.end_lineno and not calls:
+            line, (target, value) = lines[found.lineno - 1], map(ast.unparse, (found.target, found.value))
+            written = f"{target} = {target} {IN_PLACE[type(found.op)]} ({value})"
+            lines[found.lineno - 1] = line[: found.col_offset] + written.encode() + line[found.end_col_offset :]
+    return b"\n".join(lines).decode()
 
 
 def _write_out(function: ast.FunctionDef, lines: list[str], number: int) -> None:

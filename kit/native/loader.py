@@ -10,6 +10,7 @@ from typing import Any
 __all__ = ["install"]
 
 ROOMS = ("sim", "memory", "drivers")  # those with compiled modules
+WORDS = "native.words"  # what only a compiled form imports
 
 
 class _Finder:
@@ -17,7 +18,7 @@ class _Finder:
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         home, _, rest = fullname.partition(".")
-        if not (home == "kit" and rest.partition(".")[0] in ROOMS) and not home.endswith("__mypyc"):
+        if not (home == "kit" and (rest.partition(".")[0] in ROOMS or rest == WORDS)) and not home.endswith("__mypyc"):
             return None
         from kit.native.compiled import modules
 

@@ -10,6 +10,7 @@ import pytest
 from kit.drivers.uvm.types import CPU, GPU
 from kit.flows.cuda_demand_paging.flow import FLOW
 from kit.flows.cuda_demand_paging.session import CudaSession
+from kit.memory.table.pagemask import holds
 
 READS = {"program": "stream", "buffer_bytes": 8 << 20, "write_fraction": 0.0, "readback": "forward"}
 
@@ -23,7 +24,7 @@ def spoil(session: CudaSession, processor: int, count: int) -> None:
     pool = (session.va_space.host, session.va_space.gpu.frames)[processor]
     left = count
     for block in session.va_space.ranges[0].blocks.values():
-        held = [page for page in range(block.pages) if block.resident[processor] >> page & 1][:left]
+        held = [page for page in range(block.pages) if holds(block.resident[processor], page)][:left]
         pool.payload[block.frames[processor][held], -1] ^= np.uint64(1)
         left -= len(held)
     assert not left, "too few pages are there"

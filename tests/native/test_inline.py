@@ -10,7 +10,7 @@ import pytest
 
 from kit.native.build import MODULES
 from kit.native.compiled import PACKAGE
-from kit.native.inline import inline_steps
+from kit.native.inline import inline_steps, plain_masks
 from kit.sim.engine import Engine
 from kit.sim.trace import Trace
 
@@ -107,3 +107,50 @@ def test_every_statement_stays_in_its_line(file: Path) -> None:
 def test_what_cannot_be_written_out_is_refused(source: str) -> None:
     with pytest.raises(ValueError, match="f cannot be written out with its span"):
         inline_steps(source, {})
+
+
+MASKS = """
+from kit.memory.table.pagemask import PageMask
+
+
+def f(block, mask, kept):
+    for at in range(2):
+        block[at] &= kept | at  # a comment
+    mask |= block[0] if kept else block[1]; mask ^= 1
+    block[min(0, 1)] &= 5
+    mask += 1
+    return mask
+"""
+
+
+class _Plain(ast.NodeTransformer):
+    """What `plain_masks` does to a text, done to its tree."""
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        asks = any(isinstance(each, ast.Call) for each in ast.walk(node.target))
+        if asks or node.lineno != node.end_lineno or not isinstance(node.op, ast.BitAnd | ast.BitOr | ast.BitXor):
+            return node
+        target, value = ast.unparse(node.target), ast.unparse(node.value)
+        sign = {ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^"}[type(node.op)]
+        return ast.parse(f"{target} = {target} {sign} ({value})").body[0]
+
+
+@pytest.mark.parametrize("source", [MASKS, *(file.read_text("utf-8") for file in FILES)])
+def test_masks_are_combined_plainly_and_nothing_else_changes(source: str) -> None:
+    wanted = ast.parse(source)
+    if "pagemask import" in source:
+        wanted = _Plain().visit(wanted)
+    assert ast.dump(ast.parse(plain_masks(source))) == ast.dump(wanted)
+    assert plain_masks(source).count("\n") == source.count("\n")
+
+
+def test_plain_masks_mean_the_same() -> None:
+    assert "block[at] = block[at] & (kept | at)  # a comment" in plain_masks(MASKS)
+    assert "block[min(0, 1)] &= 5" in plain_masks(MASKS)
+    found = []
+    for source in (MASKS, plain_masks(MASKS)):
+        space: dict[str, Any] = {}
+        exec(source, space)
+        block = [7, 12]
+        found.append((space["f"](block, 2, 6), block))
+    assert found[0] == found[1]

@@ -23,6 +23,7 @@ from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import uvm_va_block_service_locked
 from kit.drivers.uvm.va_range import uvm_va_block_find_create_managed
 from kit.errors import DriverError
+from kit.memory.table.pagemask import bit, holds
 from kit.memory.types import (
     VM_FAULT_NOPAGE,
 )
@@ -100,7 +101,7 @@ def block_cpu_fault_locked(block: VaBlock, thread: Thread, context: ServiceConte
     if not block.range.migratable:
         why = f"address {page << PAGE_SHIFT:#x} while a kernel may use it (no GPU page faults on this machine)"
         raise DriverError(errno.EFAULT, "NV_ERR_INVALID_OPERATION, SIGBUS", "block_cpu_fault_locked", why)
-    if block.pte[CPU][READ_WRITE_ATOMIC if write else READ_ONLY] >> index & 1:
+    if holds(block.pte[CPU][READ_WRITE_ATOMIC if write else READ_ONLY], index):
         return NV_OK
     hint = uvm_perf_thrashing_get_hint(block, thread, index, CPU)
     if hint.type == THROTTLE:
@@ -108,7 +109,7 @@ def block_cpu_fault_locked(block: VaBlock, thread: Thread, context: ServiceConte
         return NV_WARN_MORE_PROCESSING_REQUIRED
     if hint.type == PIN:
         context.pinned[index] = hint.residency
-    context.faulted = 1 << index
-    context.wanted[READ_WRITE_ATOMIC if write else READ_ONLY] = 1 << index
+    context.faulted = bit(index)
+    context.wanted[READ_WRITE_ATOMIC if write else READ_ONLY] = bit(index)
     uvm_va_block_select_residency(block, thread, context, CPU)
     return (yield from uvm_va_block_service_locked(block, thread, context, CPU))

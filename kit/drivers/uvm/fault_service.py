@@ -26,7 +26,7 @@ from kit.drivers.uvm.va_block_policy import ServiceContext, uvm_va_block_select_
 from kit.drivers.uvm.va_block_populate import uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_service import uvm_va_block_service_locked
 from kit.drivers.uvm.va_range import uvm_va_block_find_create_in_range
-from kit.memory.table.pagemask import from_bools, pages_of
+from kit.memory.table.pagemask import EMPTY, PageMask, bit, first_page, from_bools, pages_of
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -103,7 +103,7 @@ def service_fault_batch_block_locked(
     context.reset()
     if not context.num_retries:
         context.strongest = _strongest(batch, block, start, end)
-        context.distinct = sum(map(int.bit_count, context.strongest.values()))
+        context.distinct = sum(pages.bit_count() for pages in context.strongest.values())
         context.instances = end - start if batch.ascending is not None else sum(batch.instances[start:end])
     strongest, distinct = context.strongest, context.distinct
     thread.note(block.va, distinct, value=context.instances)
@@ -127,11 +127,11 @@ def service_fault_batch_block_locked(
     return status
 
 
-def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[int, int]:
+def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[int, PageMask]:
     """Return access type -> faulting pages for which it is the strongest, which is the first fault of each page."""
     first = block.first
     if end - start == 1:
-        return {batch.access[start]: 1 << batch.page[start] - first}
+        return {batch.access[start]: bit(batch.page[start] - first)}
     if end - start >= MANY and batch.ascending is not None:
         pages, kinds = (column[start:end] for column in batch.ascending)
         at, lead, there = kinds, batch.page[start] - first, kinds.tobytes()
@@ -139,12 +139,12 @@ def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[
             at, lead = np.full(block.pages, NO_FAULT), 0
             at[pages - first] = kinds
         return {kind: from_bools(at == kind) << lead for kind in range(len(ACCESS_NAMES)) if kind in there}
-    strongest: dict[int, int] = {}
+    strongest: dict[int, PageMask] = {}
     before = -1
     for page, kind in zip(batch.page[start:end], batch.access[start:end], strict=True):
         if page != before:
             before = page
-            strongest[kind] = strongest.get(kind, 0) | 1 << page - first
+            strongest[kind] = strongest.get(kind, EMPTY) | bit(page - first)
     return strongest
 
 
@@ -153,12 +153,12 @@ def _thrashing_hints(gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock
     info = block.thrashing
     assert info is not None
     # One page at least: the epoch is tested whatever page is asked about.
-    for index in pages_of(context.faulted & info.pages or context.faulted & -context.faulted).tolist():
+    for index in pages_of(context.faulted & info.pages).tolist() or [first_page(context.faulted)]:
         hint = uvm_perf_thrashing_get_hint(block, thread, index, GPU)
         if hint.type == THROTTLE:
             batch.has_throttled = True
-            context.faulted &= ~(1 << index)
-            context.wanted = [pages & ~(1 << index) for pages in context.wanted]
+            context.faulted &= ~bit(index)
+            context.wanted = [pages & ~bit(index) for pages in context.wanted]
         elif hint.type == PIN:
             context.pinned[index] = hint.residency
 
@@ -171,16 +171,16 @@ def update_batch_and_notify_fault(gpu: Gpu, thread: Thread, batch: FaultBatch, d
 
 @step
 def check_fault_access_permissions(
-    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, strongest: dict[int, int]
-) -> dict[int, int]:
+    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, strongest: dict[int, PageMask]
+) -> dict[int, PageMask]:
     """Return which faults may be served; a write to a read-only area is fatal (uvm_gpu_replayable_faults.c).
 
     Like `strongest`, a dict of access types and the pages that they are about.
     """
     if block.range.vma.writable:
         return strongest
-    fatal = 0
+    fatal = EMPTY
     for access, pages in strongest.items():
-        fatal |= pages if access > READ else 0
+        fatal |= pages if access > READ else EMPTY
     batch.fatal.update(dict.fromkeys((block.first + pages_of(fatal)).tolist(), "InvalidPermissions"))
     return {access: pages for access, pages in strongest.items() if access <= READ}

@@ -14,7 +14,7 @@ from kit.drivers.uvm.pmm_gpu import Pmm
 from kit.drivers.uvm.types import BLOCK_PAGES
 from kit.errors import ParameterError
 from kit.memory.physical.frames import Frames
-from kit.memory.table.pagemask import run_count
+from kit.memory.table.pagemask import PageMask, run_count
 from kit.memory.table.pagetable import GEOMETRIES, PageTable
 from kit.sim.costs import Costs
 from kit.sim.engine import Engine
@@ -127,7 +127,7 @@ class Gpu:
         self.cancelled_all = ""
         self.va_space: VaSpace | None = None
 
-    def tlb_invalidate(self, mask: int) -> float:
+    def tlb_invalidate(self, mask: PageMask) -> float:
         """Return the cost of invalidating `mask`: a method a page or a range, or one for everything."""
         ranges = run_count(mask)
         units = ranges if self.hal.tlb_by_range else mask.bit_count()

@@ -21,7 +21,7 @@ from kit.drivers.uvm.va_block_map import uvm_va_block_add_mappings_after_migrati
 from kit.drivers.uvm.va_block_populate import BlockContext, uvm_va_block_retry_deinit
 from kit.drivers.uvm.va_block_residency import uvm_va_block_make_resident, uvm_va_block_make_resident_read_duplicate
 from kit.drivers.uvm.va_range import uvm_va_range_block_create
-from kit.memory.table.pagemask import region
+from kit.memory.table.pagemask import EMPTY, PageMask, region
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -104,13 +104,13 @@ def block_operation(block: VaBlock, thread: Thread, operation: Callable[[BlockCo
 
 @waiting_step
 def uvm_va_block_migrate_locked(
-    block: VaBlock, thread: Thread, context: BlockContext, mask: int, destination: int, map_pages: bool
+    block: VaBlock, thread: Thread, context: BlockContext, mask: PageMask, destination: int, map_pages: bool
 ) -> Wait:
     """Make resident with cause User, then map; returns NV_STATUS (uvm_migrate.c)."""
     make_resident = uvm_va_block_make_resident
     if block.range.policy.read_duplication:
         make_resident = uvm_va_block_make_resident_read_duplicate
-    status: int = yield from make_resident(block, thread, context, destination, mask, 0, "api")
+    status: int = yield from make_resident(block, thread, context, destination, mask, EMPTY, "api")
     if status != NV_OK:
         return status
     if destination == CPU:
@@ -121,7 +121,7 @@ def uvm_va_block_migrate_locked(
 
 
 @step
-def block_migrate_add_mappings(block: VaBlock, thread: Thread, mask: int, destination: int) -> None:
+def block_migrate_add_mappings(block: VaBlock, thread: Thread, mask: PageMask, destination: int) -> None:
     """Pages mapped nowhere get every right; the others what takes nothing from anybody (uvm_migrate.c)."""
     duplicated = mask & block.read_duplicated
     mapped = block.mapped(CPU) | block.mapped(GPU)
@@ -134,7 +134,7 @@ def block_migrate_add_mappings(block: VaBlock, thread: Thread, mask: int, destin
 
 
 @step
-def block_migrate_map_unmapped_pages(block: VaBlock, thread: Thread, mask: int, destination: int) -> None:
+def block_migrate_map_unmapped_pages(block: VaBlock, thread: Thread, mask: PageMask, destination: int) -> None:
     """Map the destination, then accessed-by processors (uvm_migrate.c)."""
     uvm_va_block_map(block, thread, destination, mask, READ_WRITE_ATOMIC, "policy")
     accessed_by = tuple(sorted(block.range.policy.accessed_by))
@@ -144,7 +144,7 @@ def block_migrate_map_unmapped_pages(block: VaBlock, thread: Thread, mask: int, 
 
 @step
 def uvm_va_block_migrate_map_mapped_pages(
-    block: VaBlock, thread: Thread, mask: int, duplicated: int, destination: int
+    block: VaBlock, thread: Thread, mask: PageMask, duplicated: PageMask, destination: int
 ) -> None:
     """The highest right that needs no revocation (uvm_migrate.c)."""
     other = 1 - destination

@@ -14,7 +14,7 @@ from kit.drivers.uvm.perf_thrashing_state import (
     tools_event,
 )
 from kit.drivers.uvm.types import CPU, GPU, VaBlock
-from kit.memory.table.pagemask import pages_of
+from kit.memory.table.pagemask import EMPTY, bit, holds, pages_of
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step
 
@@ -53,7 +53,7 @@ def uvm_perf_thrashing_get_hint(block: VaBlock, thread: Thread, index: int, requ
         if now < page.throttle_end[index] and page.do_not_throttle[index] != requester:
             return Hint(THROTTLE, end=float(page.throttle_end[index]))
         thrashing_throttle_end_processor(block, thread, page, index, requester)
-    pinned = bool(info.pinned >> index & 1)
+    pinned = holds(info.pinned, index)
     if now - page.last_time[index] > lapse and not pinned:
         return Hint()
     page.processors[index] |= bit
@@ -78,8 +78,8 @@ def get_hint_for_migration_thrashing(block: VaBlock, thread: Thread, index: int,
     page, preferred = info.page, block.range.policy.preferred_location
     involved = [p for p in (CPU, GPU) if page.processors[index] >> p & 1]
     privileged = int(page.do_not_throttle[index])
-    current = CPU if block.resident[CPU] >> index & 1 else GPU
-    pinned, pin = bool(info.pinned >> index & 1), int(page.pin_residency[index])
+    current = CPU if holds(block.resident[CPU], index) else GPU
+    pinned, pin = holds(info.pinned, index), int(page.pin_residency[index])
     count, limit = int(page.throttle_count[index]), va_space.module.thrashing_pin_threshold
 
     def all_reach(location: int) -> bool:
@@ -126,7 +126,7 @@ def thrashing_throttle_processor(block: VaBlock, thread: Thread, index: int, pro
         page.throttled[index] |= 1 << processor
         if processor == GPU:
             tools_event(block, thread, "UvmEventTypeThrottlingStart", index)
-        if not info.pinned >> index & 1:
+        if not holds(info.pinned, index):
             page.throttle_count[index] = min(page.throttle_count[index] + 1, 255)
 
 
@@ -135,12 +135,12 @@ def thrashing_pin_page(block: VaBlock, thread: Thread, index: int, residency: in
     """Pin a page at `residency`; the first pin starts the clock of the unpin worker (uvm_perf_thrashing.c)."""
     info, module = block.thrashing, block.range.va_space.module
     assert info is not None and info.page is not None
-    page, bit = info.page, 1 << index
-    if not info.pinned & bit or not block.resident[residency] & bit:
+    page, pinned = info.page, holds(info.pinned, index)
+    if not pinned or not holds(block.resident[residency], index):
         thrashing_throttling_reset_page(block, thread, page, index)
-    if not info.pinned & bit:
+    if not pinned:
         page.throttle_count[index] = 0
-        info.pinned |= bit
+        info.pinned |= bit(index)
         info.ever_pinned = True
         if module.thrashing_pin:
             duration = module.thrashing_pin * module.thrashing_lapse_usec
@@ -159,7 +159,7 @@ def _thrashing_unpin_pages(block: VaBlock, index: int, deadline: float) -> Wait:
     if (
         info is not None
         and info.page is not None
-        and info.pinned >> index & 1
+        and holds(info.pinned, index)
         and info.page.pin_deadline.item(index) <= soon
     ):
         thrashing_unpin_pages(block, worker, index)
@@ -186,8 +186,8 @@ def unmap_remote_pinned_pages(block: VaBlock, thread: Thread, index: int) -> Non
 
     for processor in (CPU, GPU):
         kept = processor in block.range.policy.accessed_by
-        if not kept and not block.resident[processor] >> index & 1:
-            uvm_va_block_unmap(block, thread, processor, 1 << index)
+        if not kept and not holds(block.resident[processor], index):
+            uvm_va_block_unmap(block, thread, processor, bit(index))
 
 
 def _epoch_reset(block: VaBlock, thread: Thread, info: BlockThrashing) -> None:
@@ -196,6 +196,6 @@ def _epoch_reset(block: VaBlock, thread: Thread, info: BlockThrashing) -> None:
         thrashing_throttling_reset_page(block, thread, info.page, int(index))
     info.reset_count += 1
     info.page = None
-    info.pages = 0
+    info.pages = EMPTY
     info.last_time = info.last_thrashing_time = 0.0
     info.last_processor = NOBODY

@@ -12,14 +12,14 @@ from kit.drivers.uvm.perf_thrashing_state import (
     tools_event,
 )
 from kit.drivers.uvm.types import VaBlock
-from kit.memory.table.pagemask import bools, from_pages, pages_of
+from kit.memory.table.pagemask import EMPTY, PageMask, bit, bools, from_pages, pages_of
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
 __all__ = ["thrashing_notify_migration", "thrashing_notify_revocation"]
 
 
-def thrashing_notify_migration(block: VaBlock, thread: Thread, mask: int, dest: int, cause: str) -> None:
+def thrashing_notify_migration(block: VaBlock, thread: Thread, mask: PageMask, dest: int, cause: str) -> None:
     """Pages went to `dest`. Blocks without per-page history only take a stamp, which is not worth spans."""
     module, info = block.range.va_space.module, block.thrashing
     if cause == "eviction" or not module.thrashing_enable:
@@ -32,32 +32,32 @@ def thrashing_notify_migration(block: VaBlock, thread: Thread, mask: int, dest: 
             _count_events(block, thread, info, info.page, mask, dest, True)
 
 
-def thrashing_notify_revocation(block: VaBlock, thread: Thread, mask: int, loser: int) -> None:
+def thrashing_notify_revocation(block: VaBlock, thread: Thread, mask: PageMask, loser: int) -> None:
     """A processor lost rights without a move."""
     if block.range.va_space.module.thrashing_enable:
         uvm_perf_event_notify_revocation(block, thread, mask, loser)
 
 
 @step
-def uvm_perf_event_notify_migration(block: VaBlock, thread: Thread, mask: int, dest: int, cause: str) -> None:
+def uvm_perf_event_notify_migration(block: VaBlock, thread: Thread, mask: PageMask, dest: int, cause: str) -> None:
     """Tell listeners about a migration (uvm_perf_events.c)."""
     uvm_perf_event_notify(block, thread, mask, dest, cause)
 
 
 @step
-def uvm_perf_event_notify_revocation(block: VaBlock, thread: Thread, mask: int, loser: int) -> None:
+def uvm_perf_event_notify_revocation(block: VaBlock, thread: Thread, mask: PageMask, loser: int) -> None:
     """Tell listeners about a revocation (uvm_perf_events.c)."""
     uvm_perf_event_notify(block, thread, mask, loser, "revocation")
 
 
 @step
-def uvm_perf_event_notify(block: VaBlock, thread: Thread, mask: int, processor: int, cause: str) -> None:
+def uvm_perf_event_notify(block: VaBlock, thread: Thread, mask: PageMask, processor: int, cause: str) -> None:
     """Call the modules that listen (uvm_perf_events.c)."""
     thrashing_event_cb(block, thread, mask, processor, cause)
 
 
 @step
-def thrashing_event_cb(block: VaBlock, thread: Thread, mask: int, processor: int, cause: str) -> None:
+def thrashing_event_cb(block: VaBlock, thread: Thread, mask: PageMask, processor: int, cause: str) -> None:
     """Stamp and count an event on every page of `mask`; a user's move wipes their history (uvm_perf_thrashing.c)."""
     if cause != "revocation":
         if cause != "fault" or block.range.policy.read_duplication:
@@ -80,11 +80,11 @@ def _block_event(block: VaBlock, thread: Thread, processor: int) -> BlockThrashi
     return info
 
 
-def _moving_to_pin(block: VaBlock, mask: int, dest: int) -> int:
+def _moving_to_pin(block: VaBlock, mask: PageMask, dest: int) -> PageMask:
     """Return the pages of `mask` that only go where they are pinned."""
     info = block.thrashing
     if info is None or info.page is None or not mask & info.pinned:
-        return 0
+        return EMPTY
     pinned = pages_of(mask & info.pinned)
     return from_pages(pinned[info.page.pin_residency[pinned] == dest])
 
@@ -94,7 +94,7 @@ def _count_events(
     thread: Thread,
     info: BlockThrashing,
     page: PageThrashing,
-    mask: int,
+    mask: PageMask,
     processor: int,
     migration: bool,
 ) -> None:
@@ -121,5 +121,5 @@ def _count_events(
 @step
 def thrashing_detected(block: VaBlock, thread: Thread, info: BlockThrashing, index: int) -> None:
     """The page thrashes from now on (uvm_perf_thrashing.c)."""
-    info.pages |= 1 << index
+    info.pages |= bit(index)
     tools_event(block, thread, "UvmEventTypeThrashingDetected", index)

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from kit.drivers.uvm.types import CPU, GPU, PAGE, PAGE_SHIFT, VaBlock
-from kit.memory.table.pagemask import pages_of
+from kit.memory.table.pagemask import EMPTY, PageMask, bit, pages_of
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -27,8 +27,8 @@ class BlockThrashing:
         self.last_processor = NOBODY
         self.last_thrashing_time = 0.0
         self.reset_count = 0
-        self.pages = 0  # mask of thrashing pages
-        self.pinned = 0  # mask of pinned pages
+        self.pages = EMPTY  # mask of thrashing pages
+        self.pinned = EMPTY  # mask of pinned pages
         self.ever_pinned = False
         self.page: PageThrashing | None = None
 
@@ -75,18 +75,18 @@ def thrashing_reset_page(block: VaBlock, thread: Thread, index: int) -> None:
     """Forget everything about one page."""
     info = block.thrashing
     assert info is not None and info.page is not None
-    page, bit = info.page, 1 << index
+    page, kept = info.page, ~bit(index)
     if page.throttled[index]:
         thrashing_throttling_reset_page(block, thread, page, index)
-    info.pinned &= ~bit
-    info.pages &= ~bit
+    info.pinned &= kept
+    info.pages &= kept
     page.pin_residency[index] = NOBODY
     page.last_time[index] = page.events[index] = page.processors[index] = 0
     page.migrations[index] = page.revocations[index] = False
 
 
 @step
-def thrashing_reset_pages_in_region(block: VaBlock, thread: Thread, mask: int) -> None:
+def thrashing_reset_pages_in_region(block: VaBlock, thread: Thread, mask: PageMask) -> None:
     """Forget the thrashing pages of `mask`: a user's move takes precedence over the heuristics."""
     if block.thrashing is not None and block.thrashing.page is not None:
         for index in pages_of(mask & block.thrashing.pages):

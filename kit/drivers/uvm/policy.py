@@ -8,6 +8,7 @@ from kit.drivers.uvm.va_block_map import uvm_va_block_add_mappings, uvm_va_block
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.drivers.uvm.va_block_residency import uvm_va_block_make_resident, uvm_va_block_make_resident_read_duplicate
 from kit.drivers.uvm.va_block_split import split_span_as_needed
+from kit.memory.table.pagemask import EMPTY
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -160,7 +161,7 @@ def va_block_set_read_duplication_locked(block: VaBlock, thread: Thread, context
     for holder in (CPU, GPU):
         if block.resident[holder]:
             status: int = yield from uvm_va_block_make_resident_read_duplicate(
-                block, thread, context, holder, block.resident[holder], 0, "api"
+                block, thread, context, holder, block.resident[holder], EMPTY, "api"
             )
             if status != NV_OK:
                 return status
@@ -187,7 +188,7 @@ def va_block_unset_read_duplication_locked(block: VaBlock, thread: Thread, conte
     preferred = block.range.policy.preferred_location
     survivor = CPU if preferred is None else preferred
     if duplicated:
-        status: int = yield from uvm_va_block_make_resident(block, thread, context, survivor, duplicated, 0, "api")
+        status: int = yield from uvm_va_block_make_resident(block, thread, context, survivor, duplicated, EMPTY, "api")
         if status != NV_OK:
             return status
     for processor in sorted(block.range.policy.accessed_by):

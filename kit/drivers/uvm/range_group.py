@@ -10,6 +10,7 @@ from kit.drivers.uvm.va_block_map import uvm_va_block_map, uvm_va_block_unmap
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.drivers.uvm.va_block_residency import uvm_va_block_make_resident
 from kit.drivers.uvm.va_range import uvm_va_range_block_create
+from kit.memory.table.pagemask import EMPTY
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -76,7 +77,9 @@ def uvm_range_group_va_range_migrate(va_range: VaRange, thread: Thread) -> Wait:
 def uvm_range_group_va_range_migrate_block_locked(block: VaBlock, thread: Thread, context: BlockContext) -> Wait:
     """Unmap the CPU, make the whole block resident, map the GPU with every right; NV_STATUS (uvm_range_group.c)."""
     uvm_va_block_unmap(block, thread, CPU, block.all_pages)
-    status: int = yield from uvm_va_block_make_resident(block, thread, context, GPU, block.all_pages, 0, "range_group")
+    status: int = yield from uvm_va_block_make_resident(
+        block, thread, context, GPU, block.all_pages, EMPTY, "range_group"
+    )
     if status == NV_OK:
         uvm_va_block_map_mask(block, thread)
     return status

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kit.memory.physical.content import Content
 from kit.memory.space.vma import Vma
-from kit.memory.table.pagemask import from_bools, region
+from kit.memory.table.pagemask import EMPTY, PageMask, from_bools, region
 from kit.sim.engine import Engine
 from kit.sim.locks import Lock
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kit.memory.space.mm import Mm
 
 __all__ = [
-    "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "GPU",
+    "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "FEW_RUNS", "GPU",
     "MANAGED_BASE", "NV_ERR_MORE_PROCESSING_REQUIRED", "NV_OK", "NV_WARN_MORE_PROCESSING_REQUIRED", "PAGE",
     "PAGE_SHIFT", "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC", "REQUIRED_PROT", "WRITE",
     "Policy", "VaBlock", "VaRange", "VaSpace",
@@ -37,6 +37,7 @@ __all__ = [
 PAGE_SHIFT: Final = 12
 PAGE: Final = 1 << PAGE_SHIFT
 BLOCK_PAGES: Final = 512  # PAGES_PER_UVM_VA_BLOCK on 4 KiB hosts
+FEW_RUNS: Final = 6  # contiguous runs of a mask up to which one by one is faster than all at once
 BIG_PAGES: Final = 16  # 4 KiB pages in a 64 KiB big page
 MANAGED_BASE: Final = 0x7F00_0000_0000
 CPU: Final = 0  # processor ids; the CPU's is the lowest, so it is served first
@@ -95,7 +96,7 @@ class VaRange:
 class VaBlock:
     """A naturally aligned slice of a managed range: unit of locking, service and prefetch.
 
-    Masks are integers of ``pages`` bits; per processor: ``resident``, ``pte[prot]`` (pages mapped
+    Masks have ``pages`` bits; per processor: ``resident``, ``pte[prot]`` (pages mapped
     with at least that right), ``frames`` (the frame of each page, -1 where unpopulated).
     """
 
@@ -111,18 +112,18 @@ class VaBlock:
         self.va = first << PAGE_SHIFT
         self.all_pages = region(0, pages)
         self.lock = Lock()
-        self.resident = [0, 0]
-        self.pte = [[0, 0, 0, 0], [0, 0, 0, 0]]
+        self.resident = [EMPTY, EMPTY]
+        self.pte = [[EMPTY] * COUNT_PROT, [EMPTY] * COUNT_PROT]
         self.frames: list[NDArray[np.int32]] = [np.full(pages, -1, dtype=np.int32) for _ in (CPU, GPU)]
         self.cpu_chunks: dict[int, tuple[int, int, int]] = {}  # first page: (first frame, pages, pages a chunk)
         self.gpu_chunks: dict[int, Chunk] = {}
         self.gpu_state = False
-        self.read_duplicated = 0
-        self.discarded = 0
-        self.clean = 0  # CPU pages not written since they came down (before Pascal)
+        self.read_duplicated = EMPTY
+        self.discarded = EMPTY
+        self.clean = EMPTY  # CPU pages not written since they came down (before Pascal)
         self.evicted = False
         self.pte_2m = False
-        self.big_ptes = 0
+        self.big_ptes = EMPTY
         self.cancel_4k = False
         self.tracker = 0.0
         self.last_migration_proc_id: int | None = None
@@ -134,7 +135,7 @@ class VaBlock:
         """The block is a full 2 MiB."""
         return self.pages == BLOCK_PAGES
 
-    def mapped(self, processor: int) -> int:
+    def mapped(self, processor: int) -> PageMask:
         """Return the mask of pages that `processor` can at least read."""
         return self.pte[processor][READ_ONLY]
 
@@ -154,7 +155,7 @@ class VaBlock:
         held = self.cpu_chunks.get(0)
         return held[0] if held is not None and held[1] == self.pages else -1
 
-    def populated(self, processor: int) -> int:
+    def populated(self, processor: int) -> PageMask:
         """Return the mask of pages for which memory is held at `processor`."""
         if self.base(processor) >= 0:
             return self.all_pages

@@ -8,10 +8,10 @@ from typing import Final
 import numpy as np
 
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
-from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, VaBlock
+from kit.drivers.uvm.types import BLOCK_PAGES, CPU, FEW_RUNS, GPU, PAGE_SHIFT, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
-from kit.memory.table.mask_runs import cut_runs, selection
-from kit.memory.table.pagemask import first_page, from_pages
+from kit.memory.columns import copy
+from kit.memory.table.pagemask import PageMask, bools, cut_runs, first_page, from_pages, holds, runs
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -23,7 +23,7 @@ TOOLS_CAUSE: Final = {"fault": "coherence", "eviction": "eviction", "api": "user
 
 @step
 def block_copy_resident_pages(
-    block: VaBlock, thread: Thread, context: BlockContext, mask: int, prefetched: int, duplicate: bool = False
+    block: VaBlock, thread: Thread, context: BlockContext, mask: PageMask, prefetched: PageMask, duplicate: bool = False
 ) -> None:
     """Copy from every processor that holds wanted pages (uvm_va_block.c)."""
     dest = context.dest
@@ -37,7 +37,7 @@ def block_copy_resident_pages(
 
 @step
 def block_copy_resident_pages_mask(
-    block: VaBlock, thread: Thread, context: BlockContext, mask: int, prefetched: int, duplicate: bool
+    block: VaBlock, thread: Thread, context: BlockContext, mask: PageMask, prefetched: PageMask, duplicate: bool
 ) -> None:
     """Sources from the closest to the farthest: with one GPU there is one (uvm_va_block.c)."""
     block_copy_resident_pages_from(block, thread, context, mask, prefetched, duplicate)
@@ -45,7 +45,7 @@ def block_copy_resident_pages_mask(
 
 @step
 def block_copy_resident_pages_from(
-    block: VaBlock, thread: Thread, context: BlockContext, mask: int, prefetched: int, duplicate: bool
+    block: VaBlock, thread: Thread, context: BlockContext, mask: PageMask, prefetched: PageMask, duplicate: bool
 ) -> None:
     """One source processor, its NUMA nodes one by one: here one node (uvm_va_block.c)."""
     block_copy_resident_pages_between(block, thread, context, mask, prefetched, duplicate)
@@ -53,7 +53,7 @@ def block_copy_resident_pages_from(
 
 @step
 def block_copy_resident_pages_between(
-    block: VaBlock, thread: Thread, context: BlockContext, mask: int, prefetched: int, duplicate: bool
+    block: VaBlock, thread: Thread, context: BlockContext, mask: PageMask, prefetched: PageMask, duplicate: bool
 ) -> None:
     """One push of copies; a record ends where pages are not adjacent or their cause changes (uvm_va_block.c)."""
     va_space = block.range.va_space
@@ -97,45 +97,43 @@ def block_copy_resident_pages_between(
 
 
 def _lay_out(
-    start: float, times: list[float], base: int, mask: int, prefetched: int, causes: tuple[int, int]
+    start: float, times: list[float], base: int, mask: PageMask, prefetched: PageMask, causes: tuple[int, int]
 ) -> Iterator[tuple[float, float, int, int, int]]:  # fmt: skip
     """Yield start, end, first page, number of pages and cause's id of each copy of a push (`Trace.copied`)."""
     for page, count in cut_runs(mask, prefetched):
         done = start + times[count]
-        yield start, done, base + page, count, causes[prefetched >> page & 1]
+        yield start, done, base + page, count, causes[holds(prefetched, page)]
         start = done
 
 
-def _copy(block: VaBlock, dest: int, mask: int) -> None:
+def _copy(block: VaBlock, dest: int, mask: PageMask) -> None:
     """Copy the content of the pages of `mask` to `dest`."""
-    va_space, moved = block.range.va_space, selection(mask, block.pages)
+    va_space, pieces = block.range.va_space, runs(mask)
     pools = (va_space.host.payload, va_space.gpu.frames.payload)
     there, here = block.base(dest), block.base(1 - dest)
     if there < 0 or here < 0:
-        pools[dest][block.frames_at(dest, moved)] = pools[1 - dest][block.frames_at(1 - dest, moved)]
-    elif isinstance(moved, slice):
-        first, stop = moved.start, moved.stop
-        pools[dest][there + first : there + stop] = pools[1 - dest][here + first : here + stop]
+        moved = bools(mask, block.pages)
+        pools[dest][block.frames[dest][moved]] = pools[1 - dest][block.frames[1 - dest][moved]]
+    elif len(pieces) <= FEW_RUNS:
+        for first, count in pieces:
+            copy(pools[dest], there + first, pools[1 - dest], here + first, here + first + count)
     else:
-        pages = block.pages
+        pages, moved = block.pages, bools(mask, block.pages)
         np.copyto(pools[dest][there : there + pages], pools[1 - dest][here : here + pages], where=moved[:, None])
 
 
-def block_settle(block: VaBlock, processor: int, mask: int) -> None:
+def block_settle(block: VaBlock, processor: int, mask: PageMask) -> None:
     """Bring the program's writes to the pages of `mask` into the frames that hold them at `processor`."""
     va_space = block.range.va_space
     content, slot = va_space.content, block.slot[GPU]
-    first, stop = first_page(mask), mask.bit_length()
-    if content.marks.find(1, slot + first, slot + stop) < 0:
+    pool, base, pieces = (va_space.host, va_space.gpu.frames)[processor], block.base(processor), runs(mask)
+    if base >= 0 and len(pieces) <= FEW_RUNS and not block.clean:
+        for first, count in pieces:
+            content.settle_run(slot + first, slot + first + count, pool, base + first)
         return
-    chosen, pool = selection(mask, block.pages), (va_space.host, va_space.gpu.frames)[processor]
-    if isinstance(chosen, slice) and content.marks.find(0, slot + first, slot + stop) < 0:
-        block.clean &= ~mask
-        content.settle(slice(slot + first, slot + stop), pool, block.frames_at(processor, chosen))
+    if content.marks.find(1, slot + first_page(mask), slot + mask.bit_length()) < 0:
         return
-    dirty = content.dirty[slot + first : slot + stop]
-    pages = (dirty if isinstance(chosen, slice) else dirty & chosen[first:stop]).nonzero()[0] + first
-    if block.clean:
-        block.clean &= ~from_pages(pages)
+    pages = (content.dirty[slot : slot + block.pages] & bools(mask, block.pages)).nonzero()[0]
     if len(pages):
+        block.clean &= ~from_pages(pages)
         content.settle(slot + pages, pool, block.frames[processor][pages])

@@ -15,7 +15,7 @@ from kit.drivers.uvm.types import (
 )
 from kit.drivers.uvm.va_block_ptes import downgrade_membar, push_ptes, write_ptes
 from kit.memory.space.vm_insert import insert_run, zap_run
-from kit.memory.table.mask_runs import runs
+from kit.memory.table.pagemask import EMPTY, PageMask, runs
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 @step
-def uvm_va_block_unmap_mask(block: VaBlock, thread: Thread, processors: tuple[int, ...], mask: int) -> None:
+def uvm_va_block_unmap_mask(block: VaBlock, thread: Thread, processors: tuple[int, ...], mask: PageMask) -> None:
     """Remove every right that `processors` have on pages of `mask` (uvm_va_block.c)."""
     for processor in processors:
         if block.pte[processor][READ_ONLY] & mask:
@@ -34,7 +34,7 @@ def uvm_va_block_unmap_mask(block: VaBlock, thread: Thread, processors: tuple[in
 
 
 @step
-def uvm_va_block_unmap(block: VaBlock, thread: Thread, processor: int, mask: int) -> None:
+def uvm_va_block_unmap(block: VaBlock, thread: Thread, processor: int, mask: PageMask) -> None:
     """Remove one processor's mappings (uvm_va_block.c)."""
     mask &= block.pte[processor][READ_ONLY]
     if not mask:
@@ -47,7 +47,7 @@ def uvm_va_block_unmap(block: VaBlock, thread: Thread, processor: int, mask: int
 
 
 @step
-def block_unmap_cpu(block: VaBlock, thread: Thread, mask: int) -> None:
+def block_unmap_cpu(block: VaBlock, thread: Thread, mask: PageMask) -> None:
     """unmap_mapping_range per contiguous run; synchronous (uvm_va_block.c)."""
     va_space = block.range.va_space
     costs = va_space.gpu.costs
@@ -58,7 +58,7 @@ def block_unmap_cpu(block: VaBlock, thread: Thread, mask: int) -> None:
 
 
 @step
-def block_unmap_gpu(block: VaBlock, thread: Thread, mask: int) -> None:
+def block_unmap_gpu(block: VaBlock, thread: Thread, mask: PageMask) -> None:
     """Clear GPU entries, invalidate the TLB, membar; the next push on the block waits for it (uvm_va_block.c)."""
     gpu = block.range.va_space.gpu
     written = write_ptes(block, gpu, mask, 0)
@@ -67,7 +67,7 @@ def block_unmap_gpu(block: VaBlock, thread: Thread, mask: int) -> None:
 
 @step
 def uvm_va_block_map(
-    block: VaBlock, thread: Thread, processor: int, mask: int, prot: int, cause: str = "coherence"
+    block: VaBlock, thread: Thread, processor: int, mask: PageMask, prot: int, cause: str = "coherence"
 ) -> None:
     """Give `processor` at least right `prot` on pages of `mask` that have a copy it can reach (uvm_va_block.c)."""
     if processor == CPU and prot == READ_WRITE:
@@ -90,7 +90,7 @@ def uvm_va_block_map(
 
 
 @step
-def block_map_cpu_to(block: VaBlock, thread: Thread, mask: int, prot: int) -> None:
+def block_map_cpu_to(block: VaBlock, thread: Thread, mask: PageMask, prot: int) -> None:
     """Insert CPU entries page by page, once the block's GPU work is over (uvm_va_block.c)."""
     va_space = block.range.va_space
     thread.now = max(thread.now, block.tracker)
@@ -107,7 +107,7 @@ def block_map_cpu_to(block: VaBlock, thread: Thread, mask: int, prot: int) -> No
 
 
 @step
-def block_map_gpu_to(block: VaBlock, thread: Thread, location: int, mask: int, prot: int, cause: str) -> None:
+def block_map_gpu_to(block: VaBlock, thread: Thread, location: int, mask: PageMask, prot: int, cause: str) -> None:
     """Write GPU entries that point at `location` (uvm_va_block.c)."""
     va_space = block.range.va_space
     gpu = va_space.gpu
@@ -124,7 +124,7 @@ def block_map_gpu_to(block: VaBlock, thread: Thread, location: int, mask: int, p
 
 @step
 def uvm_va_block_revoke_prot_mask(
-    block: VaBlock, thread: Thread, processors: tuple[int, ...], mask: int, prot: int
+    block: VaBlock, thread: Thread, processors: tuple[int, ...], mask: PageMask, prot: int
 ) -> None:
     """Take right `prot` from several processors (uvm_va_block.c)."""
     for processor in processors:
@@ -132,7 +132,7 @@ def uvm_va_block_revoke_prot_mask(
 
 
 @step
-def uvm_va_block_revoke_prot(block: VaBlock, thread: Thread, processor: int, mask: int, prot: int) -> None:
+def uvm_va_block_revoke_prot(block: VaBlock, thread: Thread, processor: int, mask: PageMask, prot: int) -> None:
     """Take right `prot` and everything above it away; lower rights stay (uvm_va_block.c)."""
     if processor == CPU and prot == READ_WRITE_ATOMIC:
         return  # the CPU's write right is what its atomics need: nothing to take
@@ -149,7 +149,7 @@ def uvm_va_block_revoke_prot(block: VaBlock, thread: Thread, processor: int, mas
 
 
 @step
-def block_revoke_cpu_write(block: VaBlock, thread: Thread, mask: int) -> None:
+def block_revoke_cpu_write(block: VaBlock, thread: Thread, mask: PageMask) -> None:
     """Unmap, then map again read-only: Linux has no other way for a driver (uvm_va_block.c)."""
     block_unmap_cpu(block, thread, mask)
     for level in range(READ_ONLY, READ_WRITE_ATOMIC + 1):
@@ -159,7 +159,7 @@ def block_revoke_cpu_write(block: VaBlock, thread: Thread, mask: int) -> None:
 
 
 @step
-def block_revoke_prot_gpu_to(block: VaBlock, thread: Thread, mask: int, prot: int) -> None:
+def block_revoke_prot_gpu_to(block: VaBlock, thread: Thread, mask: PageMask, prot: int) -> None:
     """Write lower rights over the GPU's entries and invalidate (uvm_va_block.c)."""
     gpu = block.range.va_space.gpu
     location = GPU if mask & block.resident[GPU] else CPU
@@ -169,7 +169,7 @@ def block_revoke_prot_gpu_to(block: VaBlock, thread: Thread, mask: int, prot: in
 
 
 @step
-def block_revoke_prot_gpu_perf_notify(block: VaBlock, thread: Thread, mask: int) -> None:
+def block_revoke_prot_gpu_perf_notify(block: VaBlock, thread: Thread, mask: PageMask) -> None:
     """Tell listeners that the GPU lost rights (uvm_va_block.c)."""
     thrashing_notify_revocation(block, thread, mask, GPU)
 
@@ -178,7 +178,7 @@ def block_revoke_prot_gpu_perf_notify(block: VaBlock, thread: Thread, mask: int)
 def uvm_va_block_add_mappings_after_migration(
     block: VaBlock,
     thread: Thread,
-    mask: int,
+    mask: PageMask,
     prot: int,
     served: int,
     processors: tuple[int, ...],
@@ -207,16 +207,16 @@ def _right_beside(va_space: VaSpace, prot: int, served: int, processor: int, loc
 
 
 @step
-def uvm_va_block_add_mappings(block: VaBlock, thread: Thread, mask: int, processor: int) -> None:
+def uvm_va_block_add_mappings(block: VaBlock, thread: Thread, mask: PageMask, processor: int) -> None:
     """Map what is resident for a processor, with all that takes nothing from anybody (uvm_va_block.c)."""
     va_space, other = block.range.va_space, 1 - processor
     unmapped = ~(block.mapped(CPU) | block.mapped(GPU))
-    by_prot = {READ_ONLY: 0, READ_WRITE: 0, READ_WRITE_ATOMIC: 0}
+    by_prot = {READ_ONLY: EMPTY, READ_WRITE: EMPTY, READ_WRITE_ATOMIC: EMPTY}
     for location in (CPU, GPU):
         if va_space.accessible(processor, location):
             todo = mask & block.resident[location] & ~block.read_duplicated & ~block.discarded
-            atomics = 0 if va_space.native_atomics(other, location) else block.pte[other][READ_WRITE_ATOMIC]
-            writes = 0 if va_space.native_atomics(processor, location) else block.pte[other][READ_WRITE]
+            atomics = EMPTY if va_space.native_atomics(other, location) else block.pte[other][READ_WRITE_ATOMIC]
+            writes = EMPTY if va_space.native_atomics(processor, location) else block.pte[other][READ_WRITE]
             by_prot[READ_ONLY] |= todo & ~unmapped & atomics
             by_prot[READ_WRITE] |= todo & ~unmapped & ~atomics & writes
             by_prot[READ_WRITE_ATOMIC] |= todo & (unmapped | ~atomics & ~writes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kit.drivers.uvm.types import COUNT_PROT, CPU, GPU, READ_ONLY, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
+from kit.memory.table.pagemask import EMPTY, PageMask, bit, from_pages
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -22,11 +23,11 @@ class ServiceContext:
     num_retries = 0
     did_migrate = False
     wakeup_time_stamp = 0.0
-    strongest: dict[int, int]
+    strongest: dict[int, PageMask]
     distinct: int
     instances: int
-    wanted: list[int]
-    new_residency: dict[int, int]
+    wanted: list[PageMask]
+    new_residency: dict[int, PageMask]
     pinned: dict[int, int]
 
     def __init__(self) -> None:
@@ -34,8 +35,8 @@ class ServiceContext:
 
     def reset(self) -> None:
         """Start the operation, or start it again, keeping what the retry holds."""
-        self.faulted = self.read_duplicate = self.prefetched = 0
-        self.wanted = [0] * COUNT_PROT
+        self.faulted = self.read_duplicate = self.prefetched = EMPTY
+        self.wanted = [EMPTY] * COUNT_PROT
         self.new_residency, self.pinned = {}, {}
 
 
@@ -60,9 +61,9 @@ def block_select_processor_residency(block: VaBlock, thread: Thread, context: Se
     if not advised and not context.pinned and not va_space.module.fault_force_sysmem:
         context.new_residency[processor] = todo  # what the rules come to, wherever the pages are
         return
-    chosen = [0, 0]
+    chosen = [EMPTY, EMPTY]
     if va_space.module.fault_force_sysmem:
-        chosen[CPU], todo = todo, 0
+        chosen[CPU], todo = todo, EMPTY
     if policy.read_duplication:
         duplicated = todo & ~pinned_mask(context)
         context.read_duplicate |= duplicated & context.wanted[READ_ONLY]
@@ -70,10 +71,10 @@ def block_select_processor_residency(block: VaBlock, thread: Thread, context: Se
         todo &= ~duplicated
     if preferred == processor:
         chosen[processor] |= todo
-        todo = 0
+        todo = EMPTY
     for index, residency in context.pinned.items():
-        chosen[residency] |= todo & 1 << index
-        todo &= ~(1 << index)
+        chosen[residency] |= todo & bit(index)
+        todo &= ~bit(index)
     resident = block.resident
     reachable = preferred is not None and va_space.accessible(processor, preferred)
     target = preferred if preferred is not None and reachable else processor
@@ -85,7 +86,7 @@ def block_select_processor_residency(block: VaBlock, thread: Thread, context: Se
         todo &= ~resident[processor]
         if va_space.accessible(processor, other):
             chosen[other] |= todo
-            todo = 0
+            todo = EMPTY
     if preferred is not None and reachable:
         elsewhere = resident[other] & ~resident[processor]
         chosen[preferred] |= todo & elsewhere
@@ -96,9 +97,6 @@ def block_select_processor_residency(block: VaBlock, thread: Thread, context: Se
             context.new_residency[destination] = chosen[destination]
 
 
-def pinned_mask(context: ServiceContext) -> int:
+def pinned_mask(context: ServiceContext) -> PageMask:
     """Return the mask of pages that thrashing pinned."""
-    pinned = 0
-    for index in context.pinned:
-        pinned |= 1 << index
-    return pinned
+    return from_pages(list(context.pinned))

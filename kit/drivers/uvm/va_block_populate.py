@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from kit.drivers.uvm.pmm_chunks import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, NV_ERR_MORE_PROCESSING_REQUIRED, NV_OK, VaBlock
 from kit.errors import DriverError
+from kit.memory.columns import ramp
 from kit.memory.reclaim.alloc import alloc_pages_exact
-from kit.memory.table.mask_runs import runs
-from kit.memory.table.pagemask import first_page, region
+from kit.memory.table.pagemask import EMPTY, PageMask, first_page, region, runs
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -27,7 +25,7 @@ class BlockContext:
 
     def __init__(self) -> None:
         self.dest, self.cause = CPU, "fault"
-        self.pages_changed_residency = self.pages_copied = 0
+        self.pages_changed_residency = self.pages_copied = EMPTY
         self.did_copy, self.copies_end = False, 0.0
         self.free_chunks: list[Chunk] = []
         self.used_chunks: list[Chunk] = []
@@ -46,7 +44,7 @@ def uvm_va_block_retry_deinit(context: BlockContext, thread: Thread, gpu: Gpu) -
 
 
 @waiting_step
-def block_populate_pages(block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int) -> Wait:
+def block_populate_pages(block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: PageMask) -> Wait:
     """Get memory at the destination for pages not resident there; returns NV_STATUS (uvm_va_block.c)."""
     wanted = mask & ~block.resident[dest]
     if not wanted:
@@ -58,7 +56,7 @@ def block_populate_pages(block: VaBlock, thread: Thread, context: BlockContext, 
 
 
 @step
-def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: int) -> None:
+def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: PageMask) -> None:
     """Allocate CPU chunks, the largest that fit first (uvm_va_block.c)."""
     va_space = block.range.va_space
     costs, frames = va_space.gpu.costs, block.frames[CPU]
@@ -80,7 +78,7 @@ def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: int) -> Non
         if region(first, count) & ~(block.resident[CPU] | block.resident[GPU]):
             va_space.host.zero(slice(frame, frame + count))
             thread.charge(count * costs.cpu_zero_page)
-        frames[first : first + count] = np.arange(frame, frame + count)
+        ramp(frames, first, first + count, frame)
         block.cpu_chunks[first] = (frame, count, each)
         held |= region(first, count)
         todo &= ~held
@@ -90,7 +88,7 @@ def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: int) -> Non
         thread.charge(chunks * costs.dma_map)
 
 
-def _cpu_chunk(block: VaBlock, sizes: str, at: int, held: int, todo: int) -> tuple[int, int, int]:
+def _cpu_chunk(block: VaBlock, sizes: str, at: int, held: PageMask, todo: PageMask) -> tuple[int, int, int]:
     """Return (first page, pages, pages a chunk) of the largest aligned chunk around page `at`.
 
     Single 4 KiB chunks are taken a run at a time, which allocates the same frames in one go.
@@ -108,7 +106,7 @@ def _cpu_chunk(block: VaBlock, sizes: str, at: int, held: int, todo: int) -> tup
 
 
 @waiting_step
-def uvm_va_block_populate_pages_gpu(block: VaBlock, thread: Thread, context: BlockContext, wanted: int) -> Wait:
+def uvm_va_block_populate_pages_gpu(block: VaBlock, thread: Thread, context: BlockContext, wanted: PageMask) -> Wait:
     """Populate every GPU chunk that covers wanted pages; returns NV_STATUS (uvm_va_block.c)."""
     todo = wanted
     while todo:
@@ -153,7 +151,7 @@ def block_populate_gpu_chunk(block: VaBlock, thread: Thread, context: BlockConte
     block_zero_new_gpu_chunk(block, thread, chunk, first)
     gpu.pmm.own(chunk, block, first)
     block.gpu_chunks[first], frame = chunk, chunk.frame
-    block.frames[GPU][first : first + pages] = np.arange(frame, frame + pages)
+    ramp(block.frames[GPU], first, first + pages, frame)
     gpu.frames.ensure(frame + pages)
     context.used_chunks.append(chunk)
     return NV_OK

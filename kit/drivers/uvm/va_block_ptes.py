@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.types import (
     BIG_PAGES,
     BLOCK_PAGES,
+    FEW_RUNS,
     GPU,
     VaBlock,
 )
-from kit.memory.table.mask_runs import selection
+from kit.memory.columns import copy, fill
+from kit.memory.table.pagemask import EMPTY, PageMask, bools, runs, whole_units
 from kit.sim.engine import Thread
 
 __all__ = ["downgrade_membar", "push_ptes", "write_ptes"]
 
-_BIG_STARTS: Final = sum(1 << at for at in range(0, BLOCK_PAGES, BIG_PAGES))
 
-
-def downgrade_membar(block: VaBlock, gpu: Gpu, mask: int) -> float:
+def downgrade_membar(block: VaBlock, gpu: Gpu, mask: PageMask) -> float:
     """Return the cost of the membar that follows: a GPU-wide one is enough for local memory (uvm_hal.c)."""
     local = not mask & ~block.resident[GPU]
     wide = gpu.costs.membar_gpu if local and not gpu.module.downgrade_force_membar_sys else gpu.costs.membar_sys
     return float(wide + gpu.hal.extra_hshub_membars * gpu.costs.membar_gpu)
 
 
-def write_ptes(block: VaBlock, gpu: Gpu, mask: int, prot: int, location: int = GPU) -> int:
+def write_ptes(block: VaBlock, gpu: Gpu, mask: PageMask, prot: int, location: int = GPU) -> int:
     """Update the GPU's table and return how many entries of which size had to be written."""
-    table, at, slot = gpu.table, selection(mask, block.pages), block.slot[GPU]
-    if isinstance(at, slice):
-        entries = slice(slot + at.start, slot + at.stop)
-        table.rights[entries] = prot
-        if prot:
-            table.frame[entries] = block.frames[location][at]
+    table, slot, pieces = gpu.table, block.slot[GPU], runs(mask)
+    if len(pieces) <= FEW_RUNS:
+        for first, count in pieces:
+            fill(table.rights, slot + first, slot + first + count, prot)
+            if prot:
+                copy(table.frame, slot + first, block.frames[location], first, first + count)
     else:
+        at = bools(mask, block.pages)
         table.window(slot, block.pages)[at] = prot
         if prot:
             np.copyto(table.frame[slot : slot + block.pages], block.frames[location], where=at)
     return _pte_sizes(block, mask, prot, location)
 
 
-def _pte_sizes(block: VaBlock, mask: int, prot: int, location: int) -> int:
+def _pte_sizes(block: VaBlock, mask: PageMask, prot: int, location: int) -> int:
     """Choose 2 MiB, 64 KiB or 4 KiB entries (one contiguous chunk, one right) and count the writes.
 
     A size change passes through an unmapped state: splitting a 2 MiB entry writes its 64 KiB or
@@ -52,27 +51,18 @@ def _pte_sizes(block: VaBlock, mask: int, prot: int, location: int) -> int:
     whole = block.all_pages
     single = _single_chunk(block, location)
     if block.pages == BLOCK_PAGES and mask == whole and prot and single and not block.cancel_4k:
-        block.pte_2m, block.big_ptes = True, 0
+        block.pte_2m, block.big_ptes = True, EMPTY
         return 1
     writes = 0
     if block.pte_2m:
-        block.pte_2m, block.big_ptes = False, 0
+        block.pte_2m, block.big_ptes = False, EMPTY
         writes += BLOCK_PAGES // BIG_PAGES
     if (single or location == GPU) and not block.cancel_4k:
-        big = _big_pages(mask, -block.first % BIG_PAGES)
+        lead = block.first % BIG_PAGES
+        big = whole_units(mask << lead) >> lead
         block.big_ptes |= big
         writes -= big.bit_count() // BIG_PAGES * (BIG_PAGES - 1)
     return writes + mask.bit_count()
-
-
-def _big_pages(mask: int, lead: int) -> int:
-    """Return the pages of a mask that make whole 64 KiB pages; the first of these starts at page `lead`."""
-    found = mask & mask >> 1  # followed by one more page of the mask, then by three, seven, fifteen
-    found &= found >> 2
-    found &= found >> 4
-    found &= found >> 8
-    found &= _BIG_STARTS << lead
-    return (found << BIG_PAGES) - found
 
 
 def _single_chunk(block: VaBlock, location: int) -> bool:
@@ -83,7 +73,7 @@ def _single_chunk(block: VaBlock, location: int) -> bool:
     return found is not None and found[2] == BLOCK_PAGES
 
 
-def push_ptes(block: VaBlock, thread: Thread, gpu: Gpu, writes: int, invalidated: int, membar: float) -> None:
+def push_ptes(block: VaBlock, thread: Thread, gpu: Gpu, writes: int, invalidated: PageMask, membar: float) -> None:
     """One MEMOPS push: entries, then the TLB invalidate that a downgrade or a change needs."""
     costs = gpu.costs
     duration = writes * costs.pte_write

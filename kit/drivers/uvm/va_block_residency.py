@@ -6,7 +6,7 @@ from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, NV_OK, PAGE_SHIFT, READ
 from kit.drivers.uvm.va_block_copy import block_copy_resident_pages
 from kit.drivers.uvm.va_block_map import uvm_va_block_revoke_prot, uvm_va_block_unmap, uvm_va_block_unmap_mask
 from kit.drivers.uvm.va_block_populate import BlockContext, block_populate_pages, uvm_va_block_gpu_state_get_alloc
-from kit.memory.table.mask_runs import runs
+from kit.memory.table.pagemask import EMPTY, PageMask, runs
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -18,7 +18,7 @@ __all__ = [
 
 @waiting_step
 def uvm_va_block_make_resident(
-    block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
+    block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: PageMask, prefetched: PageMask, cause: str
 ) -> Wait:
     """Copy and take over residency in one go; returns NV_STATUS (uvm_va_block.c)."""
     status: int = yield from uvm_va_block_make_resident_copy(block, thread, context, dest, mask, prefetched, cause)
@@ -29,11 +29,11 @@ def uvm_va_block_make_resident(
 
 @waiting_step
 def uvm_va_block_make_resident_copy(
-    block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
+    block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: PageMask, prefetched: PageMask, cause: str
 ) -> Wait:
     """Unmap what must move, populate the destination, copy; returns NV_STATUS (uvm_va_block.c)."""
     thread.note(block.va, mask.bit_count())
-    context.dest, context.cause, context.pages_copied = dest, cause, 0
+    context.dest, context.cause, context.pages_copied = dest, cause, EMPTY
     block_resident_mask_get_alloc(block, thread, dest)
     mappers = _mappers(block)
     uvm_va_block_unmap_mask(block, thread, mappers, mask & ~block.resident[dest])
@@ -59,7 +59,7 @@ def block_resident_mask_get_alloc(block: VaBlock, thread: Thread, dest: int) -> 
 
 @waiting_step
 def uvm_va_block_make_resident_read_duplicate(
-    block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: int, prefetched: int, cause: str
+    block: VaBlock, thread: Thread, context: BlockContext, dest: int, mask: PageMask, prefetched: PageMask, cause: str
 ) -> Wait:
     """Give the destination a copy of its own; all are left with read rights; returns NV_STATUS (uvm_va_block.c)."""
     thread.note(block.va, mask.bit_count())
@@ -91,7 +91,7 @@ def uvm_va_block_make_resident_read_duplicate(
 
 
 @step
-def block_prep_read_duplicate_mapping(block: VaBlock, thread: Thread, holder: int, mask: int) -> None:
+def block_prep_read_duplicate_mapping(block: VaBlock, thread: Thread, holder: int, mask: PageMask) -> None:
     """Unmap everybody but the holder of the copy, and take its write rights (uvm_va_block.c)."""
     for processor in _mappers(block):
         if processor != holder:
@@ -100,7 +100,7 @@ def block_prep_read_duplicate_mapping(block: VaBlock, thread: Thread, holder: in
 
 
 @step
-def uvm_va_block_make_resident_finish(block: VaBlock, thread: Thread, context: BlockContext, mask: int) -> None:
+def uvm_va_block_make_resident_finish(block: VaBlock, thread: Thread, context: BlockContext, mask: PageMask) -> None:
     """Update residency after the copies, drop duplicates, refresh the eviction order (uvm_va_block.c)."""
     dest, other, resident = context.dest, 1 - context.dest, block.resident
     nowhere = mask & ~(resident[CPU] | resident[GPU])
@@ -125,7 +125,7 @@ def uvm_va_block_make_resident_finish(block: VaBlock, thread: Thread, context: B
         block_mark_memory_used(block, dest)
 
 
-def _moves(block: VaBlock, thread: Thread, mask: int, src: int, dst: int, cause: str) -> None:
+def _moves(block: VaBlock, thread: Thread, mask: PageMask, src: int, dst: int, cause: str) -> None:
     """Pages change place without a copy."""
     for first, count in runs(mask):
         thread.engine.trace.move(thread.now, thread.now, block.first + first, count, src, dst, cause)

@@ -16,6 +16,7 @@ from kit.drivers.uvm.va_block_residency import (
     uvm_va_block_make_resident_finish,
     uvm_va_block_make_resident_read_duplicate,
 )
+from kit.memory.table.pagemask import EMPTY, PageMask, bit, holds
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -53,7 +54,7 @@ def uvm_va_block_service_copy(
 ) -> Wait:
     """Read duplicates first, then pages to move; the CPU waits for what reaches it; NV_STATUS (uvm_va_block.c)."""
     pages, inner, prefetched = context.new_residency[destination], context.block_context, context.prefetched
-    inner.pages_changed_residency, inner.did_copy = 0, False
+    inner.pages_changed_residency, inner.did_copy = EMPTY, False
     inner.dest, inner.cause = destination, "fault"
     duplicated, status = pages & context.read_duplicate, NV_OK
     if duplicated:
@@ -92,14 +93,14 @@ def uvm_va_block_service_finish(
 
 
 def _compute_new_permission(
-    block: VaBlock, context: ServiceContext, pages: int, processor: int, destination: int
-) -> list[int]:
+    block: VaBlock, context: ServiceContext, pages: PageMask, processor: int, destination: int
+) -> list[PageMask]:
     """Return pages by right: what the access needs, raised where that takes nothing from anybody (query_promote)."""
     va_space, wanted = block.range.va_space, context.wanted
     atomic = pages & wanted[READ_WRITE_ATOMIC]
     write = pages & wanted[READ_WRITE]
     read = pages & ~(atomic | write)
-    contested = 0
+    contested = EMPTY
     for other in va_space.contenders[destination]:
         contested |= block.pte[other][READ_WRITE_ATOMIC]
     may_duplicate = block.all_pages if block.range.policy.read_duplication else block.read_duplicated
@@ -107,13 +108,13 @@ def _compute_new_permission(
     read ^= promoted
     write |= promoted
     if va_space.native_atomics(processor, destination):
-        write, atomic = 0, atomic | write
-    return [0, read, write, atomic]
+        write, atomic = EMPTY, atomic | write
+    return [EMPTY, read, write, atomic]
 
 
 @step
 def block_service_finish_revoke_prot(
-    block: VaBlock, thread: Thread, by_prot: list[int], stayed: int, processor: int, destination: int
+    block: VaBlock, thread: Thread, by_prot: list[PageMask], stayed: PageMask, processor: int, destination: int
 ) -> None:
     """Pages that did not move and get more than read-only: others lose what conflicts (uvm_va_block.c)."""
     va_space = block.range.va_space
@@ -135,7 +136,7 @@ def block_service_finish_revoke_prot(
 
 @step
 def block_service_finish_map(
-    block: VaBlock, thread: Thread, context: ServiceContext, by_prot: list[int], processor: int
+    block: VaBlock, thread: Thread, context: ServiceContext, by_prot: list[PageMask], processor: int
 ) -> None:
     """Map the faulter: read-only pages, then read-write, then atomics (uvm_va_block.c)."""
     pinned = pinned_mask(context)
@@ -153,17 +154,17 @@ def block_service_finish_map(
 
 @step
 def block_service_finish_map_accessed_by(
-    block: VaBlock, thread: Thread, context: ServiceContext, by_prot: list[int], processor: int
+    block: VaBlock, thread: Thread, context: ServiceContext, by_prot: list[PageMask], processor: int
 ) -> None:
     """Pinned pages: everybody who fought over them; the others: accessed-by processors (uvm_va_block.c)."""
     info, accessed_by = block.thrashing, tuple(sorted(block.range.policy.accessed_by))
     for prot, pages in enumerate(by_prot):
         for index in context.pinned:
-            if pages >> index & 1 and info is not None and info.page is not None:
+            if holds(pages, index) and info is not None and info.page is not None:
                 fighters = tuple(p for p in (CPU, GPU) if info.page.processors[index] >> p & 1)
                 uvm_va_block_add_mappings_after_migration(
-                    block, thread, 1 << index, prot, processor, fighters, "thrashing"
+                    block, thread, bit(index), prot, processor, fighters, "thrashing"
                 )
-                pages &= ~(1 << index)
+                pages &= ~bit(index)
         if pages and accessed_by:
             uvm_va_block_add_mappings_after_migration(block, thread, pages, prot, processor, accessed_by)

@@ -10,7 +10,7 @@ import numpy as np
 from kit.drivers.uvm.pmm_chunks import Chunk
 from kit.drivers.uvm.types import BIG_PAGES, BLOCK_PAGES, CPU, GPU, VaBlock, VaRange, VaSpace
 from kit.errors import DriverError
-from kit.memory.table.pagemask import region
+from kit.memory.table.pagemask import EMPTY, region
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
@@ -97,7 +97,7 @@ def uvm_va_block_split_locked(block: VaBlock, thread: Thread, new: VaBlock, at: 
     new.gpu_state, new.tracker, new.evicted = block.gpu_state, block.tracker, block.evicted
     block.pages, block.all_pages = at, region(0, at)
     for part in (block, new):
-        part.pte_2m, part.big_ptes, part.thrashing = False, 0, None
+        part.pte_2m, part.big_ptes, part.thrashing = False, EMPTY, None
         part.last_migration_proc_id, part.fault_migrations_to_last_proc = None, 0
     _share_cpu_chunks(block, new, at)
     _share_gpu_chunks(block, new, at)

@@ -21,7 +21,7 @@ from kit.errors import Errno
 from kit.memory.reclaim.alloc import free_pages_exact
 from kit.memory.space.special import install_special_mapping
 from kit.memory.space.vma import Vma
-from kit.memory.table.mask_runs import runs
+from kit.memory.table.pagemask import EMPTY, PageMask, runs
 from kit.memory.types import (
     FAULT_FLAG_WRITE,
     VM_DONTCOPY,
@@ -148,10 +148,10 @@ def block_kill(block: VaBlock, thread: Thread) -> None:
         free_pages_exact(va_space.host, frame, count)
     block.gpu_chunks.clear()
     block.cpu_chunks.clear()
-    block.resident = [0, 0]
+    block.resident = [EMPTY, EMPTY]
 
 
-def _places(block: VaBlock) -> list[tuple[int, int]]:
+def _places(block: VaBlock) -> list[tuple[PageMask, int]]:
     """Return (pages, residency mask) for every kind of residency in the block."""
     cpu, gpu = block.resident[CPU], block.resident[GPU]
     return [(cpu & ~gpu, 1 << CPU), (gpu & ~cpu, 1 << GPU), (cpu & gpu, 1 << CPU | 1 << GPU)]

@@ -10,8 +10,7 @@ from kit.drivers.uvm.types import CPU, GPU, VaSpace
 from kit.drivers.uvm.va_block_copy import block_settle
 from kit.flows.metrics import SpanColumns, conformance_metrics, integrity_metrics, time_metrics
 from kit.flows.run import Integrity
-from kit.memory.table.mask_runs import selection
-from kit.memory.table.pagemask import bools
+from kit.memory.table.pagemask import bools, run_of
 
 if TYPE_CHECKING:
     from kit.flows.cuda_demand_paging.session import CudaSession
@@ -31,7 +30,8 @@ def integrity(va_space: VaSpace) -> Integrity:
                 held = block.resident[processor]
                 if held:
                     block_settle(block, processor, held)
-                    at = selection(held, block.pages)
+                    run = run_of(held)
+                    at = bools(held, block.pages) if run is None else run
                     good[at] &= pool.intact(block.frames_at(processor, at), stamps[at])
                     good[at] &= block.frames[processor][at] >= 0
                     nowhere &= ~held

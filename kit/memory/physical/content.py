@@ -7,7 +7,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.physical.frames import Frames, Index
+from kit.memory.columns import fill, ramp_where
+from kit.memory.physical.frames import Frames
 
 __all__ = ["Content"]
 
@@ -42,26 +43,38 @@ class Content:
         if len(slots):
             self.dirty[slots] = True
 
-    def settle(self, slots: slice | NDArray[np.int64], frames: Frames, where: Index) -> None:
+    def settle(self, slots: NDArray[np.int64], frames: Frames, where: NDArray[np.integer]) -> None:
         """Put the content of written pages into the frames that hold them.
 
         Parameters
         ----------
-        slots : slice or ndarray of int64, shape (n,)
+        slots : ndarray of int64, shape (n,)
             Pages, all written, each once.
-        where : slice or ndarray of int32, shape (n,)
+        where : ndarray of int32, shape (n,)
             The frame in `frames` of each page.
         """
-        self._version += 1
-        base = self._version << _VERSION_SHIFT | 1
-        if isinstance(slots, slice):
-            stamps = np.arange(base + slots.start, base + slots.stop, dtype=np.uint64)
-            self.marks[slots] = bytes(len(stamps))
-        else:
-            stamps = (slots + base).astype(np.uint64)
-            self.dirty[slots] = False
+        stamps = (slots + self._next()).astype(np.uint64)
+        self.dirty[slots] = False
         self.stamps[slots] = stamps
         frames.write(where, stamps)
+
+    def settle_run(self, first: int, stop: int, frames: Frames, frame: int) -> None:
+        """`settle` for those of slots [first, stop) that were written; the pages have consecutive frames."""
+        if self.marks.find(1, first, stop) < 0:
+            return
+        if frames.words > 1:
+            pages = self.dirty[first:stop].nonzero()[0]
+            self.settle(pages + first, frames, pages + frame)
+            return
+        stamp = self._next() + first
+        ramp_where(self.stamps, first, stop, stamp, self.dirty, first)
+        ramp_where(frames.payload, frame, frame + stop - first, stamp, self.dirty, first)
+        fill(self.dirty, first, stop, 0)
+
+    def _next(self) -> int:
+        """Return the stamp of slot 0 in a new settlement."""
+        self._version += 1
+        return self._version << _VERSION_SHIFT | 1
 
     def forget(self, first: int, count: int) -> None:
         """The pages were freed: they hold nothing any more."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import Errno
+from kit.memory import columns
 from kit.memory.types import VM_MIXEDMAP, VM_SHARED, Bit, Kind
 from kit.sim.trace import step
 
@@ -20,7 +21,7 @@ __all__ = ["insert_run", "vm_insert_pages", "zap_run"]
 
 Frames = slice | NDArray[np.int32]
 _OPEN: Final = Bit.YOUNG | Bit.WRITABLE
-_ONE: Final = np.ones(2, dtype=np.int32).view(np.int64)  # a reference and a mapping: `PageAllocator.counts`
+_ONE: Final = 0x1_0000_0001  # a reference and a mapping: `PageAllocator.counts`
 
 
 @step
@@ -59,9 +60,7 @@ def insert_run(vma: Vma, slot: int, count: int, pfns: Frames, write: bool) -> No
     mm, stop = vma.mm, slot + count
     table, memory = mm.table, mm.memory
     if isinstance(pfns, slice):
-        counts = memory.counts[pfns]
-        np.add(counts, _ONE, counts)
-        pfns = np.arange(pfns.start, pfns.stop, dtype=np.int32)
+        columns.add(memory.counts, pfns.start, pfns.stop, _ONE)
     else:
         memory.counts[pfns] += _ONE
     table.set_present(slot, stop, _OPEN if write else Bit.YOUNG, pfns)
@@ -78,12 +77,11 @@ def zap_run(vma: Vma, slot: int, count: int, held: slice | None = None) -> None:
     """
     mm, stop = vma.mm, slot + count
     table, memory = mm.table, mm.memory
-    there = count - table.kind[slot:stop].tobytes().count(Kind.NONE)
+    there = count - columns.count(table.kind, slot, stop, Kind.NONE)
     mm.rss["file"] -= there
     if held is not None and there == count:
         table.clear_run(slot, stop)
-        counts = memory.counts[held]
-        np.subtract(counts, _ONE, counts)
+        columns.add(memory.counts, held.start, held.stop, -_ONE)
         return
     pfns = table.frame[slot:stop][table.kind[slot:stop] != Kind.NONE]
     table.clear_run(slot, stop)

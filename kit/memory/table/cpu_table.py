@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.memory.columns import fill, ramp
 from kit.memory.table.leaf_tables import LeafTables, Slots
 from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, Bit, Kind, Leaf
 
@@ -56,15 +57,22 @@ class CpuTable(LeafTables):
         self.kind[slots], self.bits[slots], self.frame[slots] = kind, bits, frames
         self._set_rights(slots, kind, bits)
 
-    def set_present(self, first: int, stop: int, bits: int, frames: NDArray[np.int32]) -> None:
+    def set_present(self, first: int, stop: int, bits: int, frames: slice | NDArray[np.int32]) -> None:
         """`set_entries` for present entries of slots [first, stop) that are alike."""
-        self.kind[first:stop], self.bits[first:stop], self.frame[first:stop] = Kind.PRESENT, bits, frames
-        self.rights[first:stop] = 1 + (bits & Bit.WRITABLE)
+        fill(self.kind, first, stop, Kind.PRESENT)
+        fill(self.bits, first, stop, bits)
+        fill(self.rights, first, stop, 1 + (bits & Bit.WRITABLE))
+        if isinstance(frames, slice):
+            ramp(self.frame, first, stop, frames.start)
+        else:
+            self.frame[first:stop] = frames
 
     def clear_run(self, first: int, stop: int) -> None:
         """`clear` for slots [first, stop)."""
-        self.kind[first:stop] = self.bits[first:stop] = self.rights[first:stop] = 0
-        self.frame[first:stop] = -1
+        fill(self.kind, first, stop, Kind.NONE)
+        fill(self.bits, first, stop, 0)
+        fill(self.rights, first, stop, 0)
+        fill(self.frame, first, stop, -1)
 
     def set_bits(self, slots: Slots, bits: NDArray[np.integer] | int) -> None:
         """Replace the bits of entries, keeping kind and frame."""

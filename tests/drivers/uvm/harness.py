@@ -52,7 +52,7 @@ from kit.memory.invariants import check_invariants
 from kit.memory.physical.pages import PhysicalMemory
 from kit.memory.space.mm import Mm
 from kit.memory.syscalls.mmap import munmap
-from kit.memory.table.pagemask import pages_of, region
+from kit.memory.table.pagemask import EMPTY, holds, pages_of, region
 from kit.sim.engine import Engine, Wait
 from kit.sim.machine import load_machine
 
@@ -278,7 +278,7 @@ class Harness:
         for part in [r for r in self.space.ranges if r.vma is va_range.vma]:
             for block in part.blocks.values():
                 for index in range(block.pages):
-                    cpu, gpu = (block.resident[p] >> index & 1 for p in (CPU, GPU))
+                    cpu, gpu = (holds(block.resident[p], index) for p in (CPU, GPU))
                     letters[block.first - va_range.vma.first + index] = ".CGD"[cpu | gpu << 1]
         return "".join(letters)
 
@@ -302,7 +302,7 @@ def check_block(h: Harness, block: VaBlock) -> None:
     assert block.lock.holder is None and not block.lock._waiting
     cpu, gpu = block.resident
     for mask in (cpu, gpu, block.read_duplicated, block.discarded, *block.pte[CPU], *block.pte[GPU]):
-        assert 0 <= mask <= whole
+        assert not mask & ~whole
     assert cpu & gpu == block.read_duplicated, "a page has two owners without being read-duplicated, or the reverse"
     for processor in (CPU, GPU):
         assert not block.resident[processor] & ~block.populated(processor), "resident but not populated"
@@ -350,7 +350,7 @@ def check_tables(h: Harness, block: VaBlock) -> None:
 
 def check_chunks(block: VaBlock) -> None:
     """Chunks of a block cover exactly its populated pages, do not overlap, and own the frames of their pages."""
-    seen = 0
+    seen = EMPTY
     for first, chunk in block.gpu_chunks.items():
         mask = region(first, chunk.pages)
         assert not mask & seen and not mask & ~block.all_pages
@@ -360,7 +360,7 @@ def check_chunks(block: VaBlock) -> None:
         if chunk.pages > 1:
             assert (block.first + first) % chunk.pages == 0, "a chunk is not aligned"
     assert seen == block.populated(GPU)
-    seen = 0
+    seen = EMPTY
     for first, (frame, count, each) in block.cpu_chunks.items():
         mask = region(first, count)
         assert not mask & seen and not mask & ~block.all_pages

@@ -7,6 +7,7 @@ from drivers.uvm.harness import Harness, pages
 
 from kit.drivers.uvm.types import CPU, GPU, READ, VaRange
 from kit.errors import DriverError
+from kit.memory.table.pagemask import EMPTY
 from kit.sim.engine import Wait
 
 
@@ -100,7 +101,7 @@ def test_evicted_pages_are_unmapped_and_fault_on_the_cpu() -> None:
     h.kernel(pages(ranges[0], range(512)))
     h.kernel(pages(ranges[1], [0]))
     block = ranges[0].blocks[ranges[0].first // 512]
-    assert block.mapped(CPU) == block.mapped(GPU) == 0
+    assert not block.mapped(CPU) | block.mapped(GPU)
     faults, copies = h.count("UvmEventTypeCpuFault"), len(h.copies())
     h.touch(pages(ranges[0], range(512)), False)
     # Resident here already, but not mapped: the tree sees it full and maps the whole block at once.
@@ -203,7 +204,7 @@ def test_memory_freed_while_its_chunk_is_being_evicted_has_one_owner() -> None:
         h.gpu.pmm.free(other, block.gpu_chunks.pop(0))
         h.space.ranges.insert(0, ranges[0])
         block.frames[GPU][:] = -1
-        block.resident[GPU] = 0
+        block.resident[GPU] = EMPTY
 
     h.engine.start(holding())
     h.engine.start(freeing())

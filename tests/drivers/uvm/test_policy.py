@@ -20,7 +20,7 @@ from kit.drivers.uvm.types import (
 )
 from kit.drivers.uvm.va_range import uvm_va_range_block_create
 from kit.errors import DriverError
-from kit.memory.table.pagemask import region
+from kit.memory.table.pagemask import EMPTY, bit, holds, region
 
 
 def ready(advice: str = "", where: str = "C", **module: object) -> tuple[Harness, VaRange, VaBlock]:
@@ -37,7 +37,7 @@ def ready(advice: str = "", where: str = "C", **module: object) -> tuple[Harness
 
 
 def rights(block: VaBlock, processor: int, page: int) -> int:
-    return sum(block.pte[processor][prot] >> page & 1 for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC))
+    return sum(holds(block.pte[processor][prot], page) for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC))
 
 
 def block_of(r: VaRange) -> VaBlock:
@@ -94,7 +94,7 @@ def test_rule_6_a_pinned_page_goes_where_it_is_pinned() -> None:
     h, r, block = ready(thrashing_enable=True)
     info = block.thrashing = BlockThrashing()
     info.page = PageThrashing(512)
-    info.pages = info.pinned = 1 << 5
+    info.pages = info.pinned = bit(5)
     info.page.pin_residency[5], info.page.processors[5], info.page.events[5] = CPU, 3, 3
     info.page.do_not_throttle[5] = 1 - GPU
     info.page.throttle_end[5] = h.engine.now + 1e6
@@ -159,14 +159,14 @@ def test_rule_12_otherwise_it_migrates() -> None:
 def test_destinations_of_one_service_finish_one_by_one_the_cpu_first() -> None:
     h, r, block = ready("accessed_by_gpu", "C", prefetch_enable=True)
     h.advise("unaccessed_by_gpu", r.first, 512)
-    block.pte[GPU] = [0, 0, 0, 0]
+    block.pte[GPU] = [EMPTY] * 4
     h.gpu.table.unmap(block.slot[GPU], 512)
     h.advise("preferred_gpu", r.first, 512)
     h.advise("unpreferred_gpu", r.first, 512)
     info = block.thrashing = BlockThrashing()
     info.page = PageThrashing(512)
     object.__setattr__(h.module, "thrashing_enable", True)
-    info.pages = info.pinned = 1 << 5
+    info.pages = info.pinned = bit(5)
     info.page.pin_residency[5], info.page.processors[5], info.page.events[5] = CPU, 3, 3
     info.page.do_not_throttle[5], info.page.throttle_end[5] = CPU, h.engine.now + 1e6
     h.faults(pages(r, [5, 100]))

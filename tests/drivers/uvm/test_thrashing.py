@@ -9,6 +9,7 @@ from drivers.uvm.harness import Harness, pages
 
 from kit.drivers.uvm.perf_thrashing import NONE, PIN, THROTTLE, Hint, uvm_perf_thrashing_get_hint
 from kit.drivers.uvm.types import ATOMIC_STRONG, CPU, GPU, READ, READ_WRITE_ATOMIC, WRITE, VaRange
+from kit.memory.table.pagemask import bit, holds
 
 PAGE = 7
 
@@ -52,7 +53,7 @@ def test_detected_after_as_many_close_events_as_the_threshold_says(threshold: in
         f.h.kernel(f.page) if moves % 2 == 0 else f.h.touch(f.page)
         moves += 1
     assert moves == 2 + threshold
-    assert f.info.pages == 1 << PAGE
+    assert f.info.pages == bit(PAGE)
 
 
 def test_events_further_apart_than_a_lapse_do_not_count() -> None:
@@ -79,9 +80,9 @@ def test_one_processor_alone_does_not_thrash() -> None:
 def test_a_users_move_wipes_the_history() -> None:
     f = Fight()
     f.rounds(3)
-    assert f.info.pages == 1 << PAGE
+    assert f.info.pages == bit(PAGE)
     f.h.prefetch(f.r.first, 512, GPU)
-    assert f.info.pages == 0 and f.info.page.events[PAGE] == 0
+    assert not f.info.pages and f.info.page.events[PAGE] == 0
 
 
 def test_read_duplication_wipes_the_history() -> None:
@@ -89,7 +90,7 @@ def test_read_duplication_wipes_the_history() -> None:
     f.rounds(3)
     f.h.advise("read_mostly", f.r.first, 512)
     f.h.kernel(f.page, READ)
-    assert f.info.pages == 0
+    assert not f.info.pages
 
 
 def test_throttle_then_pin_in_system_memory_then_forget_after_150_ms() -> None:
@@ -97,7 +98,7 @@ def test_throttle_then_pin_in_system_memory_then_forget_after_150_ms() -> None:
     f.until_pinned()
     block = f.r.blocks[f.r.first // 512]
     assert f.events("ThrottlingStart") == f.events("ThrottlingEnd") >= 10
-    assert f.h.where(f.r)[PAGE] == "C" and block.mapped(GPU) >> PAGE & 1
+    assert f.h.where(f.r)[PAGE] == "C" and holds(block.mapped(GPU), PAGE)
     remote = f.h.spans("UvmEventTypeMapRemote")
     assert [(row["cause"], int(row["pages"])) for row in remote] == [("thrashing", 1)]
     faults = f.events("GpuFault"), f.events("CpuFault")
@@ -106,12 +107,12 @@ def test_throttle_then_pin_in_system_memory_then_forget_after_150_ms() -> None:
     pinned_at = remote[0]["start"]
     f.h.wait(pinned_at + 149_000 - f.h.engine.now)
     f.h.settle()
-    assert f.info.pinned == 1 << PAGE
+    assert f.info.pinned == bit(PAGE)
     f.h.wait(2_000)
     f.h.settle()
     f.h.check()
     assert not f.info.pinned and not f.info.pages and f.info.page.events[PAGE] == 0
-    assert not block.mapped(GPU) >> PAGE & 1 and block.mapped(CPU) >> PAGE & 1
+    assert not holds(block.mapped(GPU), PAGE) and holds(block.mapped(CPU), PAGE)
     f.h.kernel(f.page)
     assert f.h.where(f.r)[PAGE] == "G", "back to migrating"
 
@@ -160,7 +161,7 @@ def test_thrashing_pages_are_not_prefetched() -> None:
     f = Fight(prefetch_enable=True)
     f.rounds(3)
     thrashing = f.info.pages
-    assert thrashing >> PAGE & 1
+    assert holds(thrashing, PAGE)
     copies = len(f.h.copies(f.r.first))
     f.h.touch(pages(f.r, range(512)))
     f.h.kernel(pages(f.r, [100]))
@@ -174,7 +175,7 @@ def test_atomics_on_a_pinned_page_are_throttled_by_revocations() -> None:
     block = f.r.blocks[f.r.first // 512]
     for _ in range(6):
         f.h.kernel(f.page, ATOMIC_STRONG)
-        assert block.pte[GPU][READ_WRITE_ATOMIC] >> PAGE & 1
+        assert holds(block.pte[GPU][READ_WRITE_ATOMIC], PAGE)
         f.h.touch(f.page)
         f.h.check()
     assert f.info.page.revocations[PAGE] and f.h.where(f.r)[PAGE] == "C"
