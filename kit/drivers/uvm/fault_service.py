@@ -100,10 +100,26 @@ def service_fault_batch_block_locked(
     gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext, start: int, end: int
 ) -> Wait:
     """Policy for every faulting page, then one service operation; NV_STATUS (uvm_gpu_replayable_faults.c)."""
+    _take_faults(gpu, thread, batch, block, context, start, end)
+    if not context.faulted:
+        return NV_OK
+    uvm_va_block_select_residency(block, thread, context, GPU)
+    status: int = yield from uvm_va_block_service_locked(block, thread, context, GPU)
+    if status == NV_OK and context.did_migrate:
+        batch.copies_end = max(batch.copies_end, context.block_context.copies_end)
+    return status
+
+
+def _take_faults(
+    gpu: Gpu, thread: Thread, batch: FaultBatch, block: VaBlock, context: ServiceContext, start: int, end: int
+) -> None:
+    """Note the faults in the block and what they ask for; who tries again knows them already."""
     context.reset()
     if not context.num_retries:
         context.strongest = _strongest(batch, block, start, end)
-        context.distinct = sum(pages.bit_count() for pages in context.strongest.values())
+        context.distinct = 0
+        for pages in context.strongest.values():
+            context.distinct += pages.bit_count()
         context.instances = end - start if batch.ascending is not None else sum(batch.instances[start:end])
     strongest, distinct = context.strongest, context.distinct
     thread.note(block.va, distinct, value=context.instances)
@@ -118,13 +134,6 @@ def service_fault_batch_block_locked(
         context.faulted |= pages
     if block.thrashing is not None and block.thrashing.page is not None:
         _thrashing_hints(gpu, thread, batch, block, context)
-    if not context.faulted:
-        return NV_OK
-    uvm_va_block_select_residency(block, thread, context, GPU)
-    status: int = yield from uvm_va_block_service_locked(block, thread, context, GPU)
-    if status == NV_OK and context.did_migrate:
-        batch.copies_end = max(batch.copies_end, context.block_context.copies_end)
-    return status
 
 
 def _strongest(batch: FaultBatch, block: VaBlock, start: int, end: int) -> dict[int, PageMask]:
