@@ -17,7 +17,7 @@ static PyArrayObject *column(PyObject *given, Py_ssize_t first, Py_ssize_t stop,
         return NULL;
     }
     PyArrayObject *array = (PyArrayObject *)given;
-    if (PyArray_NDIM(array) < 1 || !PyArray_IS_C_CONTIGUOUS(array) || (written && !PyArray_ISWRITEABLE(array))) {
+    if (PyArray_NDIM(array) < 1 || !(written ? PyArray_ISCARRAY(array) : PyArray_ISCARRAY_RO(array))) {
         PyErr_SetString(PyExc_ValueError, "a column has no gaps, and may be written where it is");
         return NULL;
     }
@@ -51,10 +51,10 @@ static int asked(Py_ssize_t given, Py_ssize_t wanted)
     return 0;
 }
 
-static int sized(void)
+static PyObject *unfit(void)
 {
-    PyErr_SetString(PyExc_TypeError, "a column of 8, 32 or 64 bits is needed");
-    return 0;
+    PyErr_SetString(PyExc_TypeError, "a column of integers of 8, 32 or 64 bits is needed");
+    return NULL;
 }
 
 #define EACH(type, expression)                                   \
@@ -67,7 +67,7 @@ static int sized(void)
     case 1: EACH(npy_int8, expression) break;                    \
     case 4: EACH(npy_int32, expression) break;                   \
     case 8: EACH(npy_int64, expression) break;                   \
-    default: sized(); return NULL;                               \
+    default: return unfit();                                     \
     }
 #define OPEN                                                     \
     Py_ssize_t n[3], row;                                        \
@@ -76,7 +76,9 @@ static int sized(void)
     Py_ssize_t first = n[0], count = n[1] - n[0], value = n[2];  \
     PyArrayObject *array = column(args[0], n[0], n[1], 1, &row); \
     if (array == NULL)                                           \
-        return NULL;
+        return NULL;                                             \
+    if (PyArray_ISFLOAT(array))                                  \
+        return unfit();
 
 static PyObject *fill(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {

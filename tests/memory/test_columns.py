@@ -110,7 +110,7 @@ def test_what_is_no_column_is_refused_in_c() -> None:
     column.flags.writeable = False
     with pytest.raises(ValueError, match="may be written"):
         form.fill(column, 0, 2, 1)
-    for wrong in (np.zeros(ROWS, np.int16), [0, 1, 2]):
+    for wrong in (np.zeros(ROWS, np.int16), np.zeros(ROWS), [0, 1, 2]):
         with pytest.raises(TypeError, match="a column"):
             form.fill(wrong, 0, 2, 1)
     with pytest.raises(TypeError, match="4 arguments"):
