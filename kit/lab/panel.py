@@ -10,7 +10,7 @@ import ipywidgets as widgets
 
 from kit.errors import KitError
 from kit.flows import registry
-from kit.lab.controls import make_controls
+from kit.lab.inputs import make_controls
 from kit.lab.parameters_cell import grouped_rows
 from kit.lab.views import headlines_html, view_html, view_titles
 from kit.report import figures

@@ -13,7 +13,7 @@ from kit.errors import ParameterError
 from kit.flows import registry
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
 from kit.flows.run import Run
-from kit.lab.controls import Control, stops
+from kit.lab.inputs import Control, stops
 from kit.lab.panel import Panel
 from kit.lab.views import headlines, headlines_html
 
