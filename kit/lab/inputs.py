@@ -14,7 +14,7 @@ from kit.report.language import MUTED, VERMILION
 __all__ = ["Control", "make_controls", "stops"]
 
 _LINEAR = 1024  # a slider over more whole numbers than this goes by powers of two
-_WIDE, _SLIDER, _BOX = "246px", "126px", "84px"
+_WIDE, _SLIDER, _BOX, _ALONE = "246px", "94px", "116px", "218px"
 
 
 class Control:
@@ -84,7 +84,9 @@ class Control:
         tip = escape(f"{self.row['help']}{real}; {self.row['allowed']}; default {self.row['default']}", quote=True)
         dot = f' <b style="color:{VERMILION}" title="changed">●</b>' if not self.is_default else ""
         words = escape(self.name.replace("_", " "))
-        self._label.value = f'<span title="{tip}" style="display:block;line-height:22px">{words}{dot}</span>'
+        self._label.value = (
+            f'<span title="{tip}" style="display:block;line-height:22px;padding-left:2px">{words}{dot}</span>'
+        )
 
 
 def make_controls(rows: list[dict[str, Any]], changed: Callable[[], None], system: str = "") -> dict[str, Control]:
@@ -122,6 +124,7 @@ def _input(row: dict[str, Any], system: str) -> tuple[Any, Any]:
         return found, found
     if isinstance(default, bool):
         found = widgets.Checkbox(value=default, indent=False, description=row["help"], layout=wide)
+        found.add_class("farfault-check")
         return found, found
     if isinstance(default, (str, list)):
         text = _words(default) if isinstance(default, list) else default
@@ -138,7 +141,7 @@ def _number(row: dict[str, Any]) -> tuple[Any, Any]:
     """
     kind = widgets.FloatText if isinstance(row["default"], float) else widgets.IntText
     at = stops(row)
-    box = kind(value=row["default"], layout=widgets.Layout(width=_BOX if at else "212px"))
+    box = kind(value=row["default"], layout=widgets.Layout(width=_BOX if at else _ALONE))
     unit = widgets.HTML(f'<span style="color:{MUTED};font-size:11px">{escape(row["unit"])}</span>')
     if not at:
         return box, widgets.HBox([box, unit])

@@ -1,4 +1,4 @@
-"""The controls: parameters at the left, the same pictures and tables as in the notebook at the right."""
+"""The controls: parameters, and beside or below them the same pictures and tables as in the notebook."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from kit.errors import KitError
 from kit.flows import registry
 from kit.lab.inputs import make_controls
 from kit.lab.parameters_cell import grouped_rows
-from kit.lab.views import headlines_html, view_html, view_titles
+from kit.lab.style import SHEET, headline_sheet
+from kit.lab.views import headlines, headlines_html, view_html, view_titles
 from kit.report import figures
-from kit.report.language import GRID, INK, MUTED, VERMILION
+from kit.report.language import INK, MUTED, VERMILION
 
 if TYPE_CHECKING:
     from kit.flows.parameters import Parameters
@@ -153,7 +154,7 @@ class Panel:
         """Render the headline, the overview and the open tab; the other tabs wait until they are opened."""
         if self.run is None:
             return
-        self.headline.value = headlines_html(self.run, self._previous)
+        self.headline.value = headline_sheet(len(headlines(self.run))) + headlines_html(self.run, self._previous)
         chosen = self.stage.value
         stages = [name for name, _start, _end in self.run.stages]
         self._quiet = True  # new options reset the choice, which is drawn once, below
@@ -177,27 +178,29 @@ class Panel:
             self.tabs.children[at].value = view_html(self.run, self._titles[at])
 
     def _lay_out(self) -> widgets.Widget:
-        """Return the two columns."""
+        """Return the controls and the views; the style sheet says whether beside or above each other."""
         groups: dict[str, list[widgets.Widget]] = {}
         for control in self.controls.values():
             groups.setdefault(control.row["group"], []).append(control.box)
         left: list[widgets.Widget] = []
         for group, boxes in groups.items():
-            style = "font-weight:bold;font-size:12px;letter-spacing:.06em;text-transform:uppercase;margin-top:8px"
-            heading = widgets.HTML(f'<div style="{style}">{escape(group)}</div>')
+            heading = _classed(widgets.HTML(f'<div class="farfault-group">{escape(group)}</div>'), "farfault-heading")
             self._groups.append((group, heading))
             left += [heading, *boxes]
-        buttons = widgets.HBox([self.run_button, self.reset_button, self.count])
-        column = widgets.VBox(
-            left, layout=widgets.Layout(height="1000px", overflow="hidden auto", padding="0 6px 0 0", display="block")
+        buttons = _classed(widgets.HBox([self.run_button, self.reset_button, self.count]), "farfault-buttons")
+        side = widgets.VBox([buttons, _classed(widgets.VBox(left), "farfault-controls")])
+        _classed(self.headline, "farfault-headline")
+        _classed(self.overview, "farfault-overview")
+        views = widgets.VBox([self.message, self.headline, self.stage, self.overview, self.tabs])
+        body = [_classed(side, "farfault-side"), _classed(views, "farfault-views")]
+        sheet = widgets.HTML(SHEET, layout=widgets.Layout(height="0", margin="0"))
+        return _classed(
+            widgets.VBox([sheet, _classed(widgets.Box(body), "farfault-body")]),
+            "farfault-panel",
         )
-        side = widgets.VBox(
-            [buttons, column], layout=widgets.Layout(width="320px", flex="0 0 320px", padding="0 8px 0 0")
-        )
-        views = widgets.VBox(
-            [self.message, self.headline, self.stage, self.overview, self.tabs],
-            layout=widgets.Layout(
-                flex="1 1 auto", min_width="0", border_left=f"1px solid {GRID}", padding="0 0 0 12px"
-            ),
-        )
-        return widgets.HBox([side, views], layout=widgets.Layout(width="100%"))
+
+
+def _classed(widget: widgets.DOMWidget, name: str) -> widgets.DOMWidget:
+    """Return the widget with the class by which the style sheet knows it."""
+    widget.add_class(name)
+    return widget

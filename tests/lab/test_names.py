@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from ipywidgets import Widget
 from synthetic import sequential_run
 
 import kit
@@ -44,4 +45,4 @@ def test_the_controls_can_be_asked_for_again(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(kit.lab, "interactive", lambda: True)
     monkeypatch.setattr("kit.lab.panel.Panel._show", lambda panel: None)
     run = sequential_run()
-    assert [type(kit.lab.controls(run)).__name__ for _again in range(2)] == ["HBox", "HBox"]
+    assert all(isinstance(kit.lab.controls(run), Widget) for _again in range(2))

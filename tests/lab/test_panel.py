@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import fakes
@@ -15,6 +16,7 @@ from kit.flows.cuda_demand_paging.parameters import CudaParameters
 from kit.flows.run import Run
 from kit.lab.inputs import Control, stops
 from kit.lab.panel import Panel
+from kit.lab.style import SHEET
 from kit.lab.views import headlines, headlines_html
 
 
@@ -167,3 +169,11 @@ def test_a_wrong_list_raises_with_the_parameters_name() -> None:
     control._input.value = "x"
     with pytest.raises(ParameterError, match="touch_units"):
         _ = control.value
+
+
+def test_the_words_beside_a_check_box_are_whole() -> None:
+    control = Panel(Recorded()).controls["fault_coalesce"]
+    assert control._input.description == "merge duplicate faults while fetching"
+    assert "farfault-check" in control._input._dom_classes
+    assert re.search(r"\.farfault-check label \{[^}]*white-space: normal;", SHEET)
+    assert re.search(r"\.farfault-check \{[^}]*height: auto;", SHEET)
