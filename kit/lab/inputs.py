@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -11,7 +12,7 @@ import ipywidgets as widgets
 from kit.errors import ParameterError
 from kit.report.language import MUTED, VERMILION
 
-__all__ = ["Control", "make_controls", "stops"]
+__all__ = ["Control", "make_controls", "named_choices", "stops"]
 
 _LINEAR = 1024  # a slider over more whole numbers than this goes by powers of two
 _WIDE, _SLIDER, _BOX, _ALONE = "246px", "94px", "116px", "218px"
@@ -107,6 +108,18 @@ def stops(row: dict[str, Any]) -> list[float]:
     return [least, *powers, most]
 
 
+def named_choices(row: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return each choice as it is shown, and the choice: with its name where the model's help gives it one.
+
+    The help names a choice behind it, in capitals (``2 BATCH_FLUSH``) or in brackets (``8 (a stamp)``).
+    """
+    found = []
+    for choice in row["choices"]:
+        named = re.search(rf"(?<!\S){re.escape(str(choice))} (?:([A-Z][A-Z_]+)\b|\(([^()]*)\))", row["help"])
+        found.append((f"{choice} · {named[1] or named[2]}" if named else str(choice), choice))
+    return found
+
+
 def _words(numbers: list[Any]) -> str:
     return ", ".join(map(str, numbers))
 
@@ -120,7 +133,8 @@ def _input(row: dict[str, Any], system: str) -> tuple[Any, Any]:
 
         choices = machines(system)
     if choices:
-        found: Any = widgets.Dropdown(options=choices, value=default, layout=wide)
+        options = named_choices({**row, "choices": choices})
+        found: Any = widgets.Dropdown(options=options, value=default, layout=wide)
         return found, found
     if isinstance(default, bool):
         found = widgets.Checkbox(value=default, indent=False, description=row["help"], layout=wide)

@@ -96,7 +96,8 @@ class Panel:
         self._changed()
 
     def reset(self) -> None:
-        """Go back to every default."""
+        """Go back to every default; what was said of other values no longer holds."""
+        self.message.value = ""
         self.set({name: control.row["default"] for name, control in self.controls.items()})
 
     def start(self) -> None:

@@ -14,7 +14,7 @@ from kit.errors import ParameterError
 from kit.flows import registry
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
 from kit.flows.run import Run
-from kit.lab.inputs import Control, stops
+from kit.lab.inputs import Control, named_choices, stops
 from kit.lab.panel import Panel
 from kit.lab.style import SHEET
 from kit.lab.views import headlines, headlines_html
@@ -169,6 +169,44 @@ def test_a_wrong_list_raises_with_the_parameters_name() -> None:
     control._input.value = "x"
     with pytest.raises(ParameterError, match="touch_units"):
         _ = control.value
+
+
+def test_reset_takes_the_error_of_other_values_away() -> None:
+    panel = Panel(Recorded())
+    panel.controls["prefetch_threshold"].value = 400
+    panel.run_button.click()
+    assert "prefetch_threshold = 400" in panel.message.value
+    panel.reset_button.click()
+    assert panel.message.value == ""
+
+
+def test_values_with_names_are_shown_with_them_and_run_as_values() -> None:
+    flow = Recorded(ready())
+    panel = Panel(flow)
+    policy = panel.controls["fault_replay_policy"]
+    labels = [label for label, _value in policy._input.options]
+    assert labels == ["0 · BLOCK", "1 · BATCH", "2 · BATCH_FLUSH", "3 · ONCE"]
+    assert policy._input.label == "2 · BATCH_FLUSH" and policy.value == 2
+    policy.value = 3
+    panel.run_button.click()
+    assert flow.asked[0].fault_replay_policy == 3
+
+
+def test_values_without_names_are_shown_alone() -> None:
+    rows = {row["name"]: row for row in CudaParameters.rows()}
+    assert dict(named_choices(rows["payload_bytes"])) == {
+        "8 · a stamp": 8,
+        "64": 64,
+        "512": 512,
+        "4096 · all of it": 4096,
+    }
+    assert dict(named_choices(rows["init"])) == {word: word for word in rows["init"]["choices"]}
+
+
+@pytest.mark.parametrize("flow", list(registry.ENTRIES))
+def test_named_choices_hold_every_choice_of_every_model(flow: str) -> None:
+    for row in registry.entry(flow).load().Parameters.rows():
+        assert [value for _label, value in named_choices(row)] == list(row["choices"])
 
 
 def test_the_words_beside_a_check_box_are_whole() -> None:
