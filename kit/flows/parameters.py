@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from kit.errors import ParameterError, did_you_mean
+from kit.sim.machine import check_machine
 
 __all__ = ["GROUPS", "Parameters", "parameter"]
 
+_KINDS: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+}
 GROUPS = ("Program", "Machine", "Memory", "Driver policy", "Run")
 
 
@@ -66,6 +72,7 @@ class Parameters(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, validate_default=True)
     flow: ClassVar[str] = ""
     system: ClassVar[str] = "uvm"  # the machines that it can run on: profiles of this driver
+    chooser: ClassVar[str] = "program"  # the parameter whose values `programs` lists, where the flow has one
 
     @classmethod
     def check(cls, given: Mapping[str, Any]) -> Self:
@@ -80,8 +87,23 @@ class Parameters(BaseModel):
             if choices and value not in choices:
                 hint = did_you_mean(value, map(str, choices)) if isinstance(value, str) else ""
                 raise ParameterError(name, value, "one of " + ", ".join(map(str, choices)), hint)
+        machine = getattr(made, "machine", None)
+        if machine is not None:
+            check_machine(machine, cls.system)
+        made._check_read()
         made.contradictions()
         return made
+
+    def _check_read(self) -> None:
+        """Raise when a parameter differs from its default although the chosen program does not read it."""
+        chosen = getattr(self, self.chooser, None)
+        for name, info in type(self).model_fields.items():
+            programs, value = extra(info)["programs"], getattr(self, name)
+            default = info.get_default(call_default_factory=True)
+            if programs and chosen not in programs and value != default:
+                readers = " or ".join(programs)
+                allowed = f"its default, {default!r}, with {self.chooser} = {chosen}: it is read with {readers}"
+                raise ParameterError(name, value, allowed)
 
     def contradictions(self) -> None:
         """Raise `ParameterError` when parameters that are fine alone do not go together."""
@@ -144,13 +166,20 @@ def _bound(info: FieldInfo, *names: str) -> float | None:
     return None
 
 
+def _kind(annotation: Any, many: bool = False) -> str:
+    """Say in words what a type is, of one value or of `many`."""
+    if get_origin(annotation) is list:
+        return ("lists" if many else "a list") + " of " + _kind((*get_args(annotation), str)[0], many=True)
+    one, more = _KINDS.get(annotation, ("text", "texts"))
+    return more if many else one
+
+
 def _allowed(info: FieldInfo) -> str:
     """Say in words what a parameter may be."""
     facts = extra(info)
     if facts.get("choices"):
         return "one of " + ", ".join(map(str, facts["choices"]))
-    kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    kind = kinds.get(info.annotation, "a list of whole numbers") if info.annotation in kinds else "a list"
+    kind = _kind(info.annotation)
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = [
         f"{word} {found:g}" if isinstance(found, float) else f"{word} {found}"

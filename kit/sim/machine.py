@@ -21,7 +21,7 @@ from kit.errors import ParameterError, did_you_mean
 if TYPE_CHECKING:
     import networkx as nx
 
-__all__ = ["Constant", "Curve", "Machine", "load_machine", "machines", "resolve"]
+__all__ = ["Constant", "Curve", "Machine", "check_machine", "load_machine", "machines", "resolve"]
 
 BASES = ("measured", "derived", "estimate", "specified")
 
@@ -124,6 +124,13 @@ def machines(system: str = "") -> list[str]:
     folder = resources.files("kit.sim") / "machines"
     names = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
     return [name for name in names if load_machine(name).system == system] if system else names
+
+
+def check_machine(name: str, system: str) -> None:
+    """Raise `ParameterError` unless a profile of that name has the constants of the driver `system`."""
+    known = machines(system)
+    if name not in known:
+        raise ParameterError("machine", name, "one of " + ", ".join(known), did_you_mean(name, known))
 
 
 @cache

@@ -12,7 +12,7 @@ from kit.flows.cuda_demand_paging.flow import FLOW
 from kit.flows.cuda_demand_paging.session import CudaSession
 from kit.memory.table.pagemask import holds
 
-READS = {"program": "stream", "buffer_bytes": 8 << 20, "write_fraction": 0.0, "readback": "forward"}
+READS = {"program": "stream", "buffer_bytes": 8 << 20, "write_fraction": 0.0}
 
 
 def opened(**given: Any) -> CudaSession:

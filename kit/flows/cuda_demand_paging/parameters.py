@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import create_model
 
+from kit.drivers.uvm.hal import FAMILIES
 from kit.drivers.uvm.module import ModuleParameters
 from kit.errors import ParameterError
 from kit.flows.parameters import Parameters, parameter
+from kit.sim.machine import load_machine
 
 __all__ = ["PROGRAMS", "CudaParameters"]
 
@@ -192,10 +194,23 @@ class CudaParameters(_DriverPolicy):
             )
         if self.fault_buffer_entries == 1:
             raise ParameterError("fault_buffer_entries", 1, "0, or at least 2 (one entry stays empty)")
+        if not FAMILIES[load_machine(self.machine).architecture].replayable_faults:
+            self._check_calls_before_pascal()
         if self.program == "unit_touch":
             self._check_units()
         if self.program == "vector_add" and self.outputs > self.arrays:
             raise ParameterError("outputs", self.outputs, f"at most arrays = {self.arrays}")
+
+    def _check_calls_before_pascal(self) -> None:
+        """Without page faults a GPU's concurrentManagedAccess is 0, which cudaMemPrefetchAsync and advice need."""
+        invalid = f"none on {self.machine}: cudaErrorInvalidDevice where concurrentManagedAccess is 0, before Pascal"
+        if self.prefetch != "none":
+            raise ParameterError("prefetch", self.prefetch, invalid)
+        if self.advice.endswith("_gpu"):
+            raise ParameterError("advice", self.advice, invalid)
+        if self.advice != "none":
+            why = "a GPU without page faults, before Pascal, makes no read-only copies and moves whole ranges at launch"
+            raise ParameterError("advice", self.advice, f"none on {self.machine}: {why}")
 
     def _check_units(self) -> None:
         if self.unit_bytes % 4096:

@@ -165,13 +165,10 @@ class CudaSession(Session):
     def _prefetch(self, which: list[int], destination: int) -> Wait:
         """Call cudaMemPrefetchAsync in the default stream: what follows waits for the copies."""
         end = 0.0
-        if self.gpu.hal.replayable_faults:
-            for index in which:
-                array = self.allocations[index]
-                pages = -(-array.bytes // PAGE)
-                end = max(
-                    end, (yield from uvm_api_migrate(self.va_space, self.cpu, array.va // PAGE, pages, destination))
-                )
+        for index in which:
+            array = self.allocations[index]
+            pages = -(-array.bytes // PAGE)
+            end = max(end, (yield from uvm_api_migrate(self.va_space, self.cpu, array.va // PAGE, pages, destination)))
         self.cpu.now = max(self.cpu.now, end)
         yield from self.cpu.sync()
 

@@ -17,6 +17,7 @@ class FollowsParameters(RdmaParameters):
     """Everything that a scenario of this flow may set."""
 
     flow: ClassVar[str] = "rdma_follows_migration"
+    chooser: ClassVar[str] = "mover"
 
     mover: str = parameter(
         "gpu",
