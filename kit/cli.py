@@ -103,6 +103,9 @@ def _add_model(made: dict[str, argparse.ArgumentParser], arguments: Sequence[str
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser, made = _parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in made:
+        hint = did_you_mean(arguments[0], made)
+        raise ParameterError("command", arguments[0], "one of " + ", ".join(made), hint)
     _add_model(made, arguments)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "lab":

@@ -55,9 +55,8 @@ def _given(options: Namespace) -> tuple[registry.Flow, str, dict[str, Any]]:
     model = flow.Parameters
     base = registry.read_scenario(Path(options.file)) if options.file else {}
     base = base or registry.load_scenario(options.flow, options.scenario)
-    pairs = choices.assignments(model, options.parameter)
     name = options.scenario or (Path(options.file).stem if options.file else "")
-    return flow, name, {**base, **pairs, **choices.given_options(model, options)}
+    return flow, name, {**base, **choices.given(model, options)}
 
 
 def _count(found: object) -> int:

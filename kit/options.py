@@ -12,7 +12,7 @@ from kit.errors import ParameterError, did_you_mean
 if TYPE_CHECKING:
     from kit.flows.parameters import Parameters
 
-__all__ = ["add_options", "assignments", "axes", "given_options", "parameters_markdown", "value_of"]
+__all__ = ["add_options", "axes", "given", "parameters_markdown", "value_of"]
 
 _PREFIX = "parameter:"
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -66,15 +66,26 @@ def _split(pair: str) -> tuple[str, str]:
     return name.strip(), text
 
 
-def assignments(model: type[Parameters], pairs: Iterable[str]) -> dict[str, Any]:
-    """Return what ``-p name=value`` arguments set."""
-    return {name: value_of(model, name, text) for name, text in map(_split, pairs)}
+def _once(given: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the texts by parameter.
+
+    Raises
+    ------
+    ParameterError
+        A parameter is given twice: neither is more right than the other.
+    """
+    found: dict[str, str] = {}
+    for name, text in given:
+        if name in found:
+            raise ParameterError(name, text, f"one value; the command line gives it {found[name]!r} too")
+        found[name] = text
+    return found
 
 
 def axes(model: type[Parameters], pairs: Iterable[str]) -> dict[str, list[Any]]:
     """Return the values that ``-p name=v1,v2,...`` arguments go through; lists are parted by ``;``."""
     found: dict[str, list[Any]] = {}
-    for name, text in map(_split, pairs):
+    for name, text in _once(map(_split, pairs)).items():
         info = model.model_fields.get(name)
         if info is None:
             hint = did_you_mean(name, model.model_fields)
@@ -95,17 +106,17 @@ def add_options(parser: argparse.ArgumentParser, model: type[Parameters]) -> Non
             groups[row["group"]] = parser.add_argument_group(f"{row['group']} parameters")
         text = f"{row['help']}; {row['allowed']}; default {_plain(row['default'])}".replace("%", "%%")
         groups[row["group"]].add_argument(
-            option, dest=_PREFIX + row["name"], metavar="VALUE", help=text, default=argparse.SUPPRESS
+            option, dest=_PREFIX + row["name"], metavar="VALUE", help=text, default=argparse.SUPPRESS, action="append"
         )
 
 
-def given_options(model: type[Parameters], options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the options of `add_options` set, in the model's types."""
-    return {
-        key.removeprefix(_PREFIX): value_of(model, key.removeprefix(_PREFIX), text)
-        for key, text in vars(options).items()
-        if key.startswith(_PREFIX)
-    }
+def given(model: type[Parameters], options: argparse.Namespace) -> dict[str, Any]:
+    """Return what ``-p`` and the options of `add_options` set, in the model's types."""
+    pairs = [_split(pair) for pair in options.parameter]
+    for key, texts in vars(options).items():
+        if key.startswith(_PREFIX):
+            pairs += [(key.removeprefix(_PREFIX), text) for text in texts]
+    return {name: value_of(model, name, text) for name, text in _once(pairs).items()}
 
 
 def _plain(value: object) -> str:

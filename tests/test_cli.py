@@ -108,7 +108,7 @@ BAD = {
     "no number at all": (["run", "fake_flow", "--share", "nan"], "share = nan: allowed is a number"),
     "no boolean": (["run", "fake_flow", "--eager", "perhaps"], "eager = 'perhaps': allowed is true or false."),
     "no choice": (["run", "fake_flow", "-p", "order=upp"], "order = 'upp': allowed is one of up, down. Did you mean 'up'?"),
-    "no list": (["run", "fake_flow", "-p", "units=1,b"], "units = '1,b': allowed is a list"),
+    "no list": (["run", "fake_flow", "-p", "units=1,b"], "units = '1,b': allowed is a list of whole numbers."),
     "no pair": (["run", "fake_flow", "-p", "size"], "-p = 'size': allowed is name=value."),
     "contradiction": (["run", "fake_flow", "-p", "size=1", "--order", "down"], "order = 'down': allowed is up when size is 1."),
     "two sources": (["run", "fake_flow", "-s", "default", "-f", "x"], "not allowed with argument"),
@@ -118,7 +118,11 @@ BAD = {
     "binary on the terminal": (["run", "fake_flow", "--nsys", "-"], "--nsys = '-': allowed is a file"),
     "one file twice": (["run", "fake_flow", "--json", "/tmp/kit-x", "--events", "/tmp/./kit-x"], "allowed is another file than that of --json."),
     "no command": ([], "the following arguments are required: COMMAND"),
-    "unknown command": (["rum"], "invalid choice: 'rum'"),
+    "unknown command": (["rum"], "command = 'rum': allowed is one of list, run, check, sweep, batch, parameters, compile, lab. Did you mean 'run'?"),
+    "two pairs": (["run", "fake_flow", "-p", "size=1", "-p", "size=2"], "size = '2': allowed is one value; the command line gives it '1' too."),
+    "pair and option": (["run", "fake_flow", "-p", "size=1", "--size", "2"], "size = '2': allowed is one value"),
+    "two options": (["run", "fake_flow", "--size", "1", "--size", "2"], "size = '2': allowed is one value"),
+    "two axes": (["sweep", "fake_flow", "-p", "size=1,2", "-p", "size=3", "--out", "/tmp/kit-none"], "size = '3': allowed is one value"),
     "sweep of nothing known": (["sweep", "fake_flow", "-p", "sise=1,2", "--out", "/tmp/kit-none"], "Did you mean 'size'?"),
     "sweep out of range": (["sweep", "fake_flow", "-p", "share=0,2", "--out", "/tmp/kit-none"], "share = 2.0"),
     "sweep without workers": (["sweep", "fake_flow", "--jobs", "0", "--out", "/tmp/kit-none"], "--jobs = '0': allowed is a whole number at least 1."),
@@ -144,7 +148,7 @@ def test_bad_input_is_one_line_and_status_2(name: str, capsys: pytest.CaptureFix
     assert not Path("/tmp/kit-none").exists()
 
 
-@pytest.mark.parametrize("text", ["size: [", "- size\n- share", "3: 4", "just words", "size: \x00"])
+@pytest.mark.parametrize("text", ["size: [", "- size\n- share", "3: 4", "just words", "size: \x00", "size: 1\nsize: 2"])
 def test_a_malformed_scenario_file_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)

@@ -156,12 +156,13 @@ def read_scenario(file: Path) -> dict[str, Any]:
     Raises
     ------
     ParameterError
-        The file cannot be read, or is not a flat mapping of names to values.
+        The file cannot be read, is not a flat mapping of names to values, or names one twice.
     """
     import yaml
 
     try:
-        data = yaml.safe_load(file.read_text("utf-8"))
+        text = file.read_text("utf-8")
+        top, data = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except OSError as wrong:
         raise ParameterError("scenario file", str(file), f"a file that can be read ({wrong.strerror})") from None
     except (UnicodeDecodeError, yaml.YAMLError) as wrong:
@@ -171,6 +172,10 @@ def read_scenario(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
         raise ParameterError("scenario file", str(file), "a flat mapping of parameter names to values")
+    names = [key.value for key, _value in top.value] if isinstance(top, yaml.MappingNode) else []
+    twice = [name for name in data if names.count(name) > 1]
+    if twice:
+        raise ParameterError("scenario file", str(file), f"one value for each parameter; it has more for {twice[0]}")
     return data
 
 
@@ -180,15 +185,8 @@ def load_scenario(flow: str, name: str) -> dict[str, Any]:
 
 
 def check(flow: Flow, given: Mapping[str, Any]) -> Parameters:
-    """Validate parameters against the flow's model and the machine profiles."""
-    parameters = flow.Parameters.check(given)
-    machine = getattr(parameters, "machine", None)
-    if machine is not None:
-        from kit.sim.machine import load_machine, machines
-
-        if load_machine(machine).system != flow.Parameters.system:
-            raise ParameterError("machine", machine, "one of " + ", ".join(machines(flow.Parameters.system)))
-    return parameters
+    """Validate parameters against the flow's model and the machines that it can run on."""
+    return flow.Parameters.check(given)
 
 
 def run(flow: str, scenario: str = "", given: Mapping[str, Any] | None = None, progress: Progress | None = None) -> Run:
