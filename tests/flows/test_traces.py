@@ -275,6 +275,7 @@ def test_missing_file_suggests_a_neighbour(tmp_path: Path) -> None:
         (" L 00001000,99999\n", "line 1"),
         (" L 00001000,8 \n", "line 1"),
         (" L 12345678901234567,8\n", "line 1"),
+        (" L fffffffffffffff8,8\n S fffffffffffffffe,8\n", "line 2 is ' S fffffffffffffffe,8': its access runs past"),
     ],
 )
 def test_text_that_makes_no_trace(tmp_path: Path, text: str, says: str) -> None:

@@ -40,10 +40,12 @@ class MalformedLine(Exception):
         Which, counted from 1 within the text given.
     text : str
         The line.
+    why : str
+        What is wrong with it when that is not plain to see.
     """
 
-    def __init__(self, line: int, text: str) -> None:
-        self.line, self.text = line, text
+    def __init__(self, line: int, text: str, why: str = "") -> None:
+        self.line, self.text, self.why = line, text, why
         super().__init__(f"line {line}: {text!r}")
 
 
@@ -67,7 +69,7 @@ def parse_lines(text: bytes, instructions: bool = False) -> tuple[NDArray[np.int
     Raises
     ------
     MalformedLine
-        The first data line that is not an address and a size.
+        The first data line that is not an address and a size, or whose access runs past the last address.
     """
     buffer = np.frombuffer(text + _PAD, dtype=np.uint8)
     ends = np.flatnonzero(buffer[: len(text)] == _NEWLINE)
@@ -78,10 +80,13 @@ def parse_lines(text: bytes, instructions: bool = False) -> tuple[NDArray[np.int
     size, after = _number(buffer, at + 1, 10, _SIZE_DIGITS)
     good &= (buffer[after] == _NEWLINE) | (buffer[after] == _RETURN)
     good &= (size > 0) & (size <= MOST_BYTES)
+    past_end = address + (size - np.uint64(1)) < address
+    good &= ~past_end
     if not good.all():
         bad = int(starts[np.argmin(good)])
         line = int(np.searchsorted(ends, bad))
-        raise MalformedLine(line + 1, text[bad : int(ends[line])].decode("ascii", "replace"))
+        why = "its access runs past the last 64-bit address" if past_end[np.argmin(good)] else ""
+        raise MalformedLine(line + 1, text[bad : int(ends[line])].decode("ascii", "replace"), why)
     first = (address >> np.uint64(PAGE_SHIFT)).astype(np.int64)
     last = ((address + (size - np.uint64(1))) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
     pages, write = _both_pages(first, last, (kind == _STORE) | (kind == _MODIFY))

@@ -188,7 +188,8 @@ def _read_text(file: Path, gzipped: bool, instructions: bool) -> AccessTrace:
                 lines += count
     except MalformedLine as wrong:
         text = f"lines like ' L 1ffefff7e0,8'; line {lines + wrong.line} is {wrong.text!r}"
-        raise _refuse(file, text, " Keep the program's own output apart with --log-file.") from None
+        hint = " Keep the program's own output apart with --log-file."
+        raise _refuse(file, text + (f": {wrong.why}" if wrong.why else ""), "" if wrong.why else hint) from None
     except (EOFError, ValueError, OSError, zlib.error) as wrong:
         raise _refuse(
             file, f"a whole text of valgrind --tool=lackey --trace-mem=yes, gzipped or not ({wrong})"
