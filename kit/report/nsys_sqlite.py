@@ -13,7 +13,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from kit.report import cupti
-from kit.report.cupti import UmRecords, device_name, kernels, um_records
+from kit.report.cuda_calls import RuntimeCall, runtime_calls
+from kit.report.cupti import UmRecords, device_name, um_records
 from kit.report.files import whole_file
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ _ENUMS: dict[str, list[tuple[int, str, str]]] = {
     "ENUM_CUDA_KERNEL_LAUNCH_TYPE": [
         (0, "CUDA_KERNEL_LAUNCH_TYPE_UNKNOWN", "Unknown"), (1, "CUDA_KERNEL_LAUNCH_TYPE_REGULAR", "Regular"),
     ],
+    "ENUM_NSYS_EVENT_CLASS": [
+        (0, "TRACE_PROCESS_EVENT_CUDA_RUNTIME", "CUDA runtime"), (1, "TRACE_PROCESS_EVENT_CUDA_DRIVER", "CUDA driver"),
+    ],
 }  # fmt: skip
 
 # Columns are INTEGER unless ":TEXT" says otherwise; "!" is NOT NULL.
@@ -87,6 +91,7 @@ _TABLES = {
     "CUPTI_ACTIVITY_KIND_MEMCPY": "start! end! deviceId! contextId! greenContextId streamId! correlationId globalPid "
     "bytes! copyKind! deprecatedSrcId srcKind dstKind srcDeviceId srcContextId dstDeviceId dstContextId migrationCause "
     "graphNodeId virtualAddress",
+    "CUPTI_ACTIVITY_KIND_RUNTIME": "start! end! eventClass! globalTid correlationId nameId! returnValue! callchainId",
     "CUPTI_ACTIVITY_KIND_KERNEL": "start! end! deviceId! contextId! greenContextId streamId! correlationId globalPid "
     "demangledName! shortName! mangledName launchType cacheConfig registersPerThread! gridX! gridY! gridZ! blockX! "
     "blockY! blockZ! staticSharedMemory! dynamicSharedMemory! localMemoryPerThread! localMemoryTotal! gridId! "
@@ -134,7 +139,10 @@ def write_nsys_sqlite(run: Run, path: str | os.PathLike[str]) -> None:
         _insert(db, "CUDA_UM_CPU_PAGE_FAULT_EVENTS", _cpu_faults(records.of(cupti.CPU_FAULT), strings))
         _insert(db, "CUDA_UM_GPU_PAGE_FAULT_EVENTS", _gpu_faults(records.of(cupti.GPU_FAULT)))
         _insert(db, "CUPTI_ACTIVITY_KIND_MEMCPY", _copies(records.of(*COPY_KIND)))
-        _insert(db, "CUPTI_ACTIVITY_KIND_KERNEL", _launches(run, strings))
+        # A call's place in the program is its correlation id, which the kernel that it launched has too.
+        calls = list(enumerate(runtime_calls(run), start=1))
+        _insert(db, "CUPTI_ACTIVITY_KIND_RUNTIME", _calls(calls, strings))
+        _insert(db, "CUPTI_ACTIVITY_KIND_KERNEL", _launches(calls, strings))
         _insert_facts(db, run, strings)
         _insert(db, "StringIds", ((i, word) for word, i in strings.ids.items()))
         db.execute("COMMIT")
@@ -184,11 +192,17 @@ def _copies(copies: UmRecords) -> Iterable[tuple[Any, ...]]:
         )  # fmt: skip
 
 
-def _launches(run: Run, strings: _Strings) -> Iterable[tuple[Any, ...]]:
-    for number, k in enumerate(kernels(run), start=1):
+def _calls(calls: list[tuple[int, RuntimeCall]], strings: _Strings) -> Iterable[tuple[Any, ...]]:
+    for correlation, call in calls:
+        yield call.start, call.end, 0, _GLOBAL_PID | _PID, correlation, strings(call.name), call.result, None
+
+
+def _launches(calls: list[tuple[int, RuntimeCall]], strings: _Strings) -> Iterable[tuple[Any, ...]]:
+    launched = ((correlation, call.kernel) for correlation, call in calls if call.kernel is not None)
+    for number, (correlation, k) in enumerate(launched, start=1):
         name, short = strings(k.name), strings(k.name.partition("(")[0])
         yield (
-            k.start, k.end, 0, _CONTEXT, None, _STREAM, number, _GLOBAL_PID, name, short, name, 1, None,
+            k.start, k.end, 0, _CONTEXT, None, _STREAM, correlation, _GLOBAL_PID, name, short, name, 1, None,
             0, k.grid, 1, 1, k.block, 1, 1, 0, 0, 0, 0, number, None, None, None,
         )  # fmt: skip
 
@@ -197,7 +211,7 @@ def _insert_facts(db: sqlite3.Connection, run: Run, strings: _Strings) -> None:
     """Fill the tables that say which machine, process and export this is."""
     constants = run.machine.constants
     sms = int(constants["sms"].value) if "sms" in constants else None
-    ends = [("end", "CUPTI_ACTIVITY_KIND_MEMCPY"), ("end", "CUPTI_ACTIVITY_KIND_KERNEL")]
+    ends = [("end", f"CUPTI_ACTIVITY_KIND_{kind}") for kind in ("MEMCPY", "KERNEL", "RUNTIME")]
     ends += [("end", "CUDA_UM_GPU_PAGE_FAULT_EVENTS"), ("start", "CUDA_UM_CPU_PAGE_FAULT_EVENTS")]
     end = max(db.execute(f"SELECT ifnull(max({column}), 0) FROM {table}").fetchone()[0] for column, table in ends)
     program = str(run.parameters.get("program", run.flow))
