@@ -271,7 +271,7 @@ def test_missing_file_suggests_a_neighbour(tmp_path: Path) -> None:
         (" L 00001000,8\n L zz,8\n", "line 2 is ' L zz,8'"),
         (NOISE + " S 00001000\n", "line 3"),
         (" L 00001000,8\n L 0000", "line 2"),
-        (" L 00001000,0\n", "line 1"),
+        (" L 00001000,0\n", "line 1 is ' L 00001000,0'. Keep"),
         (" L 00001000,99999\n", "line 1"),
         (" L 00001000,8 \n", "line 1"),
         (" L 12345678901234567,8\n", "line 1"),

@@ -80,7 +80,7 @@ def parse_lines(text: bytes, instructions: bool = False) -> tuple[NDArray[np.int
     size, after = _number(buffer, at + 1, 10, _SIZE_DIGITS)
     good &= (buffer[after] == _NEWLINE) | (buffer[after] == _RETURN)
     good &= (size > 0) & (size <= MOST_BYTES)
-    past_end = address + (size - np.uint64(1)) < address
+    past_end = good & (address + (size - np.uint64(1)) < address)
     good &= ~past_end
     if not good.all():
         bad = int(starts[np.argmin(good)])
