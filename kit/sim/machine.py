@@ -128,8 +128,8 @@ def machines(system: str = "") -> list[str]:
 
 def check_machine(name: str, system: str) -> None:
     """Raise `ParameterError` unless a profile of that name has the constants of the driver `system`."""
-    known = machines(system)
-    if name not in known:
+    if name not in machines() or load_machine(name).system != system:  # the others are read only for the message
+        known = machines(system)
         raise ParameterError("machine", name, "one of " + ", ".join(known), did_you_mean(name, known))
 
 
