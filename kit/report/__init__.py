@@ -29,7 +29,7 @@ def table_names(flow: str = "cuda_demand_paging") -> dict[str, str]:
 
 def _entries(own: dict[str, TableEntry]) -> dict[str, TableEntry]:
     """Return a flow's tables and the common ones; what was published comes last."""
-    published = {name: entry for name, entry in own.items() if name == "measured"}
+    published = {name: entry for name, entry in own.items() if name.startswith("measured")}
     return {**{name: entry for name, entry in own.items() if name not in published}, **COMMON_TABLES, **published}
 
 

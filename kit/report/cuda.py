@@ -89,6 +89,10 @@ REPORT = FlowReport(
             "what was published about the same program on this machine, beside the run",
             "kit.report.measured:measured",
         ),
+        "measured_totals": TableEntry(
+            "published totals of the P100 and of the T4, beside the same programs run by the kit",
+            "kit.report.measured_totals:measured_totals",
+        ),
     },
     shown=("nvprof", "um_total_sum", "um_sum", "um_cpu_page_faults_sum"),
     events="kit.report.cupti:um_event_columns",

@@ -123,7 +123,7 @@ def measured(run: Run) -> Table:
         known = sorted({row.name for row in published_rows() if row.machine == run.machine.name})
         other = f"measured on this machine: {', '.join(known)}" if known else "nor anything about this machine"
         caption = f"Nothing is published about this program with these parameters; {other}."
-        return Table("measured", _COLUMNS, [], caption, _FORMATS, printer=lambda table: f" {table.caption}\n")
+        return Table("measured", _COLUMNS, [], caption, _FORMATS, lambda table: f" {table.caption}\n", nothing="")
     return Table("measured", _COLUMNS, _rows(found, lambda row: run), _caption(found, run), _FORMATS)
 
 

@@ -69,6 +69,8 @@ class Table:
         A format specification a column (``,.3f``), `ADDRESS`, or ``""``.
     printer : callable, optional
         Makes the text where the tool has a layout of its own.
+    nothing : str
+        What follows the caption where there are no rows; empty where the caption says it all.
     """
 
     title: str
@@ -77,6 +79,7 @@ class Table:
     caption: str = ""
     formats: tuple[str, ...] = ()
     printer: Callable[[Table], str] | None = None
+    nothing: str = "Nothing to show: no such records in this run."
 
     def records(self) -> list[dict[str, Any]]:
         """Return one dictionary a row, by column heading."""
@@ -118,9 +121,14 @@ class Table:
         return not address and all(isinstance(value, (int, float)) for value in values)
 
     def _repr_html_(self) -> str:
-        """Return the table for a notebook; long tables show their first rows and say so."""
-        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.columns)
+        """Return the table for a notebook; long tables show their first rows and say so, empty ones are a sentence."""
+        if not self.rows:
+            return f"<p><b>{escape(self.title)}</b>: {escape(f'{self.caption} {self.nothing}'.strip())}</p>"
         align = ["right" if self._right(i) else "left" for i in range(len(self.columns))]
+        head = "".join(
+            f'<th scope="col" style="text-align:{a}">{escape(name)}</th>'
+            for name, a in zip(self.columns, align, strict=True)
+        )
         body = "".join(
             "<tr>"
             + "".join(f'<td style="text-align:{a}">{escape(c)}</td>' for c, a in zip(row, align, strict=True))
@@ -129,7 +137,6 @@ class Table:
         )
         hidden = len(self.rows) - _HTML_ROWS
         note = f" The first {_HTML_ROWS:,} of {len(self.rows):,} rows." if hidden > 0 else ""
-        note = note if self.rows else " Nothing to show: no such records in this run."
         caption = f"<caption><b>{escape(self.title)}</b>: {escape(self.caption + note)}</caption>"
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

@@ -11,6 +11,8 @@ import yaml
 
 import kit
 from kit.report.measured import OVERVIEW, Published, measured_overview, published_rows, simulated, words
+from kit.report.measured_totals import MACHINES
+from kit.report.measured_totals import TOTALS as SHOWN
 from kit.sim.machine import load_machine
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "cuda_demand_paging.yaml"
@@ -130,6 +132,7 @@ def test_a_run_with_other_parameters_is_told_that_nothing_is_published() -> None
     assert table.rows == []
     for text in (table.to_text(), table._repr_html_()):
         assert "Nothing is published" in text and "p100_many_blocks" in text
+        assert "Nothing to show" not in text and "<th" not in text
 
 
 def test_larger_cpu_chunks_are_pointed_out() -> None:
@@ -145,3 +148,21 @@ def test_the_overview_runs_every_measurement_of_its_machines() -> None:
     assert {cells["Measurement"] for cells in table.records()} == set(told)
     assert all(cells["Simulated"] is not None for cells in table.records())
     assert set(OVERVIEW) == {"gtx1080ti_pcie3", "p100_pcie3", "t4"}
+
+
+def test_totals_of_both_machines_stand_beside_fresh_runs_whatever_the_run_was() -> None:
+    table = kit.run("cuda_demand_paging", n=4096).table("measured_totals")
+    published = {
+        (row.name, words(quantity)): (row.published[quantity], ratios(row.name)[quantity])
+        for row in ROWS.values()
+        if row.machine in MACHINES
+        for quantity in SHOWN
+        if quantity in row.published
+    }
+    found = {
+        (cells["Measurement"], cells["Quantity"]): (cells["Published"], cells["Simulated / published"])
+        for cells in table.records()
+    }
+    assert found == published
+    assert {name.split("_")[0] for name, _ in found} == {"p100", "t4"}
+    assert ("p100_prefetch", "host to device copies, all (us)") in found

@@ -20,7 +20,7 @@ def test_every_table_has_text_csv_and_html_for_any_run(name, vector_add_run, emp
         made = table(run, name)
         assert made.to_text()
         assert next(csv.reader(io.StringIO(made.to_csv()))) == list(made.columns)
-        assert made._repr_html_().startswith("<table><caption>")
+        assert made._repr_html_().startswith("<table><caption>" if made.rows else "<p><b>")
         assert all(len(row) == len(made.columns) for row in made.rows)
 
 
@@ -54,8 +54,16 @@ def test_a_long_table_shows_its_first_rows_and_says_so():
     assert "The first 200 of 1,000 rows." in html
 
 
-def test_an_empty_table_says_so():
-    assert "Nothing to show" in Table("t", ("n",), [])._repr_html_()
+def test_an_empty_table_is_a_sentence_without_headings():
+    html = Table("t", ("n",), [], "Copies by size.")._repr_html_()
+    assert html == "<p><b>t</b>: Copies by size. Nothing to show: no such records in this run.</p>"
+    assert Table("t", ("n",), [], "Nobody knows.", nothing="")._repr_html_() == "<p><b>t</b>: Nobody knows.</p>"
+
+
+def test_a_heading_stands_over_its_values():
+    html = Table("t", ("Name", "Size"), [("a", 1)])._repr_html_()
+    assert '<th scope="col" style="text-align:left">Name</th><th scope="col" style="text-align:right">Size</th>' in html
+    assert '<td style="text-align:left">a</td><td style="text-align:right">1</td>' in html
 
 
 def test_naming_the_tables_imports_no_table_code():
