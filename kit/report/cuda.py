@@ -15,12 +15,14 @@ __all__ = ["REPORT", "headlines"]
 _LANES = (
     Lane("host program", ("host_program",), "#d9d9e0", together=True),
     Lane("CPU fault", ("uvm_vm_fault", "uvm_va_space_cpu_fault", "UvmEventTypeCpuFault"), BLUE),
-    Lane("GPU stalled", ("gpu_stall",), "#b4b4bc", under="kernel"),
+    Lane("GPU", ("gpu_stall",), "#b4b4bc", under="kernel", words="GPU stalled", under_words="a kernel runs"),
     Lane("fault batch", ("fetch_fault_buffer_entries", "preprocess_fault_batch"), PURPLE, together=True),
-    Lane("service", ("service_fault_batch",), SKY, accent=("evict_root_chunk",), accent_colour=DARK),
+    Lane("service", ("service_fault_batch",), SKY, accent=("evict_root_chunk",), accent_colour=DARK,
+         accent_words="evicting"),
     Lane("copy HtoD", ("UvmEventTypeMigration",), ORANGE, "copy HtoD"),
-    Lane("copy DtoH", ("UvmEventTypeMigration",), ORANGE, "copy DtoH", (), "eviction", VERMILION),
-)
+    Lane("copy DtoH", ("UvmEventTypeMigration",), ORANGE, "copy DtoH", (), "eviction", VERMILION,
+         accent_words="copy of an eviction"),
+)  # fmt: skip
 _COST_GROUPS = (
     ("wait for copies and replays", r"tracker_wait|push_wait|end_and_wait|service_replayable_faults$"),
     ("API calls", r"_api_|uvm_mmap|uvm_free|uvm_migrate"),
@@ -124,4 +126,8 @@ REPORT = FlowReport(
     memory="managed memory",
     untouched="No page has moved yet: managed memory that nothing touched is nowhere.",
     exports=("--nsys",),
+    idle={
+        "first_touch": "The CPU touches nothing before the kernel in this run.",
+        "read_back": "Nothing is read back in this run: after the kernel the CPU does not touch the data.",
+    },
 )  # fmt: skip

@@ -7,8 +7,8 @@ The pictures and exports are the same code for every flow; what differs is liste
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,10 @@ class FlowReport:
         Kind of work, and the pattern of the step names that belong to it; the first that matches counts.
     closeup : Closeup
         What is worth seeing up close.
+    program_groups : tuple of str
+        Kinds of work in `cost_groups` that are the programs' own, not the driver's.
+    idle : dict of str to str
+        By stage, what a picture of it says in words when the stage took no time.
     memory : str
         What the pages are called: ``managed memory``.
     untouched : str
@@ -166,6 +170,8 @@ class FlowReport:
     memory: str = "memory"
     untouched: str = "No page has moved yet: memory that nothing touched is nowhere."
     exports: tuple[str, ...] = ()
+    program_groups: tuple[str, ...] = ()
+    idle: Mapping[str, str] = field(default_factory=dict)
 
     def is_step(self, name: str) -> bool:
         """Tell whether spans of this name are steps of a driver: neither hardware activity nor a tool's event."""

@@ -62,6 +62,8 @@ class Lane:
         Only this actor's spans, when given.
     others : tuple of str
         Not the spans of these actors.
+    words, accent_words, under_words : str
+        What the legend calls the lane's own bars, those in `accent_colour`, and the faint ones; empty: not in it.
     accent : tuple of str
         Steps drawn over the lane in `accent_colour`.
     accent_cause : str
@@ -82,6 +84,9 @@ class Lane:
     under: str = ""
     together: bool = False
     others: tuple[str, ...] = ()
+    words: str = ""
+    accent_words: str = ""
+    under_words: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,5 +148,6 @@ def style() -> Iterator[None]:
         "axes.spines.top": False, "axes.spines.right": False, "xtick.labelsize": 9.5, "ytick.labelsize": 9.5,
         "legend.frameon": False, "legend.fontsize": 9.5, "text.color": INK, "axes.labelcolor": INK,
         "figure.facecolor": "white", "savefig.facecolor": "white", "axes.unicode_minus": False,
+        "axes.formatter.useoffset": False,
     }):  # fmt: skip
         yield

@@ -14,14 +14,15 @@ from synthetic import BASE, BLOCK, PAGE, empty_run, make_run, random_run, sequen
 
 from kit.errors import ParameterError
 from kit.flows.documented import Conformance, Documented
-from kit.flows.run import Allocation
+from kit.flows.run import Allocation, Run
 from kit.report import figures
 from kit.report.cuda import REPORT
 from kit.report.figures.costs import driver_costs, hardware_costs
 from kit.report.figures.residency import CHANNELS, shares
 from kit.report.figures.steps import edges_of
+from kit.report.figures.timeline import draw_lanes, timeline_words
 from kit.report.figures.window import Pages, Window, busy, end_of, self_time, window_of, window_of_batch
-from kit.report.language import PLACES, say_bytes, say_time, time_unit
+from kit.report.language import PLACES, say_bytes, say_time, style, time_unit
 from kit.sim.trace import Trace
 
 RESIDENCE = {0: "nowhere", 1: "host", 2: "device", 3: "both", -1: "flight"}
@@ -141,6 +142,49 @@ def test_a_stage_can_be_shown_alone_and_a_wrong_one_is_named() -> None:
     assert "move to the GPU" not in figures.overview(run, stage="first_touch").alt
     with pytest.raises(ParameterError, match=r"stage = 'kernle': allowed is one of .* Did you mean 'kernel'"):
         figures.overview(run, stage="kernle")
+
+
+@pytest.mark.parametrize("name", ["residency_map", "timeline", "overview"])
+def test_a_stage_that_took_no_time_is_words_not_a_picture(name: str) -> None:
+    run = sequential_run()
+    run.stages += [("read_back", end_of(run), end_of(run)), ("other_stage", end_of(run), end_of(run))]
+    run.stages = [stage for i, stage in enumerate(run.stages) if stage[0] not in {s[0] for s in run.stages[i + 1 :]}]
+    figure = getattr(figures, name)(run, stage="read_back")
+    assert (figure.png, figure.alt) == (None, REPORT.idle["read_back"])
+    assert "Nothing happens in this run's stage “other stage”" in getattr(figures, name)(run, stage="other_stage").alt
+    assert getattr(figures, name)(run, stage="kernel").png is not None
+
+
+def test_times_late_in_a_run_are_written_out_without_an_offset() -> None:
+    from matplotlib.figure import Figure
+
+    with style():
+        axes = Figure().subplots()
+        axes.set_xlim(12711.2, 12711.3)
+        axes.figure.canvas.draw()
+        assert axes.xaxis.get_offset_text().get_text() == ""
+        assert axes.xaxis.get_ticklabels()[0].get_text().startswith("12711.")
+
+
+def _legend(run: Run) -> list[str]:
+    """Return the legend's words under the lanes of `run`."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(layout="constrained")
+    draw_lanes(drawn.subplots(), run, window_of(run))
+    return [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
+
+
+def test_the_legend_names_the_bars_that_a_lanes_name_does_not_and_only_those_drawn() -> None:
+    trace = Trace()
+    trace.span("kernel", "gpu", 0.0, 100.0)
+    assert _legend(make_run(trace, [], [])) == ["a kernel runs"]
+    assert "GPU stalled" not in timeline_words(make_run(trace, [], []), Window(0, 100))
+    assert "a kernel runs 1 span (100 µs)" in timeline_words(make_run(trace, [], []), Window(0, 100))
+    trace.span("gpu_stall", "gpu", 20.0, 40.0)
+    trace.span("UvmEventTypeMigration", "copy DtoH", 22.0, 25.0, cause="eviction")
+    assert _legend(make_run(trace, [], [])) == ["a kernel runs", "GPU stalled", "copy of an eviction"]
+    assert "GPU stalled" not in [lane.name for lane in REPORT.lanes]
 
 
 def test_one_batch_shows_that_batch_only() -> None:

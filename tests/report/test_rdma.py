@@ -9,7 +9,9 @@ import pytest
 
 import kit
 from kit.flows.run import Run
-from kit.report import rdma, table
+from kit.report import figures, rdma, table
+from kit.report.figures.costs import driver_costs
+from kit.report.language import say_time
 from kit.report.rdma.layers import layer_pages
 from kit.report.rdma.queue import levels
 from kit.report.rdma.sequence import arrows_of
@@ -102,3 +104,13 @@ def test_pingpong_prints_what_the_program_prints() -> None:
 def test_the_records_are_faults_invalidations_and_work_requests() -> None:
     kinds = {event["kind"] for event in run().events()}
     assert {"PAGE_FAULT", "INVALIDATION", "UMR_WQE", "MESSAGE"} <= kinds
+
+
+def test_programs_that_wait_are_not_counted_as_the_drivers_time() -> None:
+    spent = driver_costs(pinned())
+    programs = {name: spent[name] for name in ("programs wait for completions", "programs set up and connect")}
+    assert list(spent)[-2:] == sorted(programs, key=lambda name: -programs[name])
+    words = figures.cost_breakdown(pinned()).alt
+    own = say_time(sum(spent.values()) - sum(programs.values()))
+    assert f"the driver's own time: {own}" in words
+    assert f"the programs' own time, waiting included: {say_time(sum(programs.values()))}" in words

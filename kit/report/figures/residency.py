@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.report.figures.figure import Figure, canvas, finish, nothing
-from kit.report.figures.window import COLUMN, Pages, Window, spans_of, window_of
+from kit.report.figures.window import COLUMN, Pages, Window, idle_words, spans_of, window_of
 from kit.report.flow_report import report_of
 from kit.report.language import PLACES, bytes_unit, say_bytes, say_count, say_time, style, time_unit
 
@@ -34,6 +34,8 @@ def residency_map(run: Run, stage: str = "") -> Figure:
     window = window_of(run, stage)
     if not len(run.trace.moves):
         return nothing("residency_map", report_of(run).untouched)
+    if words := idle_words(run, stage):
+        return nothing("residency_map", words)
     with style():
         drawn = canvas(360)
         axes = drawn.subplots()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kit.report.figures.figure import Figure, canvas, finish, nothing
 from kit.report.figures.residency import draw_map, residency_words
-from kit.report.figures.window import COLUMN, Window, busy, spans_of, window_of, window_of_batch
+from kit.report.figures.window import COLUMN, Window, busy, idle_words, spans_of, window_of, window_of_batch
 from kit.report.flow_report import report_of
 from kit.report.language import INK, Lane, say_count, say_time, style, time_unit
 
@@ -28,6 +28,8 @@ def timeline(run: Run, stage: str = "") -> Figure:
     window = window_of(run, stage)
     if not len(run.trace.spans):
         return nothing("timeline", "Nothing has happened yet: no step of the driver, no activity of the hardware.")
+    if words := idle_words(run, stage):
+        return nothing("timeline", words)
     with style():
         drawn = canvas(70 + 30 * len(report_of(run).lanes))
         draw_lanes(drawn.subplots(), run, window)
@@ -62,6 +64,8 @@ def overview(run: Run, stage: str = "") -> Figure:
     window = window_of(run, stage)
     if not len(run.trace.moves):
         return timeline(run, stage)
+    if words := idle_words(run, stage):
+        return nothing("overview", words)
     with style():
         drawn = canvas(380 + 30 * len(report_of(run).lanes))
         above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -93,18 +97,19 @@ def draw_lanes(axes: Any, run: Run, window: Window) -> None:
     """Draw every lane into `axes`, whose x axis is simulated time in the fitting unit."""
     unit, lanes = time_unit(window.end), report_of(run).lanes
     table = window.holds(run.trace.spans.array())
+    legend: dict[str, str] = {}
     for row, lane in enumerate(lanes):
         rows = lane_rows(run, table, lane)
-        if lane.under:
-            _bars(axes, spans_of(run.trace, table, (lane.under,)), row, _UNDER, window, unit.size)
-        plain = rows
-        if lane.accent_cause:
-            marked = rows[:, COLUMN["cause"]] == run.trace.causes.ids.get(lane.accent_cause, -1)
-            plain = rows[~marked]
-            _bars(axes, rows[marked], row, lane.accent_colour, window, unit.size)
-        _bars(axes, plain, row, lane.colour, window, unit.size)
-        if lane.accent:
-            _bars(axes, spans_of(run.trace, table, lane.accent), row, lane.accent_colour, window, unit.size)
+        marked = _marked(run, rows, lane)
+        under = spans_of(run.trace, table, (lane.under,)) if lane.under else rows[:0]
+        accent = spans_of(run.trace, table, lane.accent) if lane.accent else rows[:0]
+        for bars, colour, words in (
+            (under, _UNDER, lane.under_words), (rows[marked], lane.accent_colour, lane.accent_words),
+            (rows[~marked], lane.colour, lane.words), (accent, lane.accent_colour, lane.accent_words),
+        ):  # fmt: skip
+            _bars(axes, bars, row, colour, window, unit.size)
+            if len(bars) and words:
+                legend[words] = colour
         if lane.steps == ("host_program",):
             _stage_names(axes, run, rows, row, window, unit.size)
     axes.set_yticks(range(len(lanes)), [lane.name for lane in lanes])
@@ -112,6 +117,18 @@ def draw_lanes(axes: Any, run: Run, window: Window) -> None:
     axes.set_ylim(len(lanes) - 0.4, -0.6)
     axes.set_xlim(window.start / unit.size, window.end / unit.size)
     axes.set_xlabel(f"simulated time ({unit.word})")
+    if legend:
+        from matplotlib.patches import Patch
+
+        handles = [Patch(facecolor=colour, label=words) for words, colour in legend.items()]
+        axes.figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), handlelength=1.1,
+                           handleheight=1.1, columnspacing=1.4)  # fmt: skip
+
+
+def _marked(run: Run, rows: NDArray[np.float64], lane: Lane) -> NDArray[np.bool_]:
+    """Return which of a lane's spans have the cause that takes its accent's colour."""
+    cause = run.trace.causes.ids.get(lane.accent_cause, -1) if lane.accent_cause else -1
+    return np.asarray(rows[:, COLUMN["cause"]] == cause)
 
 
 def _bars(axes: Any, rows: NDArray[np.float64], row: int, colour: str, window: Window, unit: float) -> None:
@@ -148,10 +165,11 @@ def timeline_words(run: Run, window: Window) -> str:
     table = window.holds(run.trace.spans.array())
     parts = []
     for lane in report_of(run).lanes:
-        rows = lane_rows(run, table, lane)
-        if len(rows):
-            covered = (
-                float(busy(rows[:, 0] - window.start, rows[:, 1] - window.start, window.length, 1)[0]) * window.length
-            )
-            parts.append(f"{lane.name} {say_count(len(rows), 'span')} ({say_time(covered)})")
+        shown = [(lane_rows(run, table, lane), lane.words or lane.name)]
+        if lane.under_words:
+            shown.append((spans_of(run.trace, table, (lane.under,)), lane.under_words))
+        for rows, words in shown:
+            if len(rows):
+                covered = busy(rows[:, 0] - window.start, rows[:, 1] - window.start, window.length, 1)[0]
+                parts.append(f"{words} {say_count(len(rows), 'span')} ({say_time(float(covered) * window.length)})")
     return "Lanes: " + ("; ".join(parts) if parts else "nothing ran") + "."

@@ -23,6 +23,7 @@ __all__ = [
     "busy",
     "driver_rows",
     "end_of",
+    "idle_words",
     "self_time",
     "spans_of",
     "window_of",
@@ -123,6 +124,15 @@ def window_of(run: Run, stage: str = "") -> Window:
         raise ParameterError("stage", stage, "one of " + (", ".join(times) or "none yet"), did_you_mean(stage, times))
     start, stop = times[stage]
     return Window(start, max(stop, start + 1.0))
+
+
+def idle_words(run: Run, stage: str) -> str:
+    """Say that a stage took no time, so that there is nothing to draw of it; empty where it did, or has not run."""
+    times = [(start, stop) for name, start, stop in run.stages if name == stage]
+    if not times or any(stop > start for start, stop in times):
+        return ""
+    name = stage.replace("_", " ")
+    return report_of(run).idle.get(stage, f"Nothing happens in this run's stage “{name}”: it takes no simulated time.")
 
 
 def window_of_batch(run: Run, batch: int | None = None) -> tuple[int, Window] | None:

@@ -14,12 +14,14 @@ __all__ = ["REPORT", "headlines"]
 
 _LANES = (
     Lane("host program", ("host_program",), "#d9d9e0", together=True),
-    Lane("CPU fault", ("do_user_addr_fault",), BLUE, "cpu", accent=("dmirror_devmem_fault",), accent_colour=VERMILION),
+    Lane("CPU fault", ("do_user_addr_fault",), BLUE, "cpu", accent=("dmirror_devmem_fault",), accent_colour=VERMILION,
+         accent_words="CPU fault on a device page"),
     Lane("other process, thread", ("do_user_addr_fault", "mprotect", "madvise"), "#7fb2d6", others=("cpu",),
          together=True),
     Lane("device working", ("device_walk",), "#9bd3bd"),
     Lane("device stalled", ("device_stall",), "#b4b4bc"),
-    Lane("driver", ("dmirror_fops_unlocked_ioctl",), SKY, accent=("hmm_range_fault",), accent_colour=PURPLE),
+    Lane("driver", ("dmirror_fops_unlocked_ioctl",), SKY, accent=("hmm_range_fault",), accent_colour=PURPLE,
+         accent_words="hmm_range_fault"),
     Lane("invalidation", ("mmu_notifier_invalidate_range_start",), VERMILION),
     Lane("copy to device", ("device_copy",), ORANGE, "copy HtoD"),
     Lane("copy to host", ("device_copy",), ORANGE, "copy DtoH"),

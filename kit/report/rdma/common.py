@@ -22,15 +22,17 @@ HARDWARE = (
 LANES = (
     Lane("program", ("host_program",), "#d9d9e0", together=True),
     Lane("messages", ("message",), BLUE),
-    Lane("QP stands still", ("qp_stalled",), "#b4b4bc", under="rnr_wait"),
+    Lane("QP stands still", ("qp_stalled",), "#b4b4bc", under="rnr_wait", words="QP stands still for a page",
+         under_words="waits after an RNR NAK"),
     Lane("interrupt", ("mlx5_ib_eq_pf_int",), PURPLE),
-    Lane("fault handler", ("mlx5_ib_eqe_pf_action",), SKY, accent=("hmm_range_fault",), accent_colour=DARK),
+    Lane("fault handler", ("mlx5_ib_eqe_pf_action",), SKY, accent=("hmm_range_fault",), accent_colour=DARK,
+         accent_words="hmm_range_fault"),
     Lane("CPU page fault", ("handle_mm_fault",), GREEN),
     Lane("firmware command", ("mlx5_cmd_exec",), YELLOW),
     Lane("UMR", ("umr",), ORANGE),
     Lane("invalidation", ("mlx5_ib_invalidate_range",), VERMILION),
     Lane("register, deregister", ("mlx5_ib_reg_user_mr", "mlx5_ib_dereg_mr"), "#8d8d99", together=True),
-)
+)  # fmt: skip
 
 _COST_GROUPS = (
     ("firmware commands", r"cmd_exec|page_fault_resume"),
@@ -137,6 +139,7 @@ def report(**own: Any) -> FlowReport:
             Activity("messages on the wire", ("wire",), "", BLUE),
         ),
         "cost_groups": _COST_GROUPS,
+        "program_groups": ("programs wait for completions", "programs set up and connect"),
         "memory": "the responder's memory",
         "untouched": "No page has moved yet: memory that nobody touched is nowhere.",
     }  # fmt: skip

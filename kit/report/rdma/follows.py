@@ -8,13 +8,15 @@ __all__ = ["REPORT"]
 _LANES = (
     Lane("program", ("host_program",), "#d9d9e0", together=True),
     Lane("messages", ("message",), BLUE),
-    Lane("QP stands still", ("qp_stalled",), "#b4b4bc", under="rnr_wait"),
+    Lane("QP stands still", ("qp_stalled",), "#b4b4bc", under="rnr_wait", words="QP stands still for a page",
+         under_words="waits after an RNR NAK"),
     Lane(
         "the mover", ("dmirror_fops_unlocked_ioctl", "unmap_mapping_range", "amdgpu_bo_move", "gpu_copy"), PURPLE,
         together=True,
     ),
     Lane("invalidation", ("mlx5_ib_invalidate_range", "mlx5_ib_dmabuf_invalidate_cb"), VERMILION),
-    Lane("fault handler", ("mlx5_ib_eqe_pf_action",), SKY, accent=("hmm_range_fault",), accent_colour=DARK),
+    Lane("fault handler", ("mlx5_ib_eqe_pf_action",), SKY, accent=("hmm_range_fault",), accent_colour=DARK,
+         accent_words="hmm_range_fault"),
     Lane("page fault, page home", ("handle_mm_fault",), GREEN),
     Lane("firmware command", ("mlx5_cmd_exec",), YELLOW),
     Lane("UMR", ("umr",), ORANGE),
