@@ -27,6 +27,7 @@ from kit.drivers.uvm.va_block_copy import block_settle
 from kit.drivers.uvm.va_space import uvm_mmap
 from kit.errors import DriverError
 from kit.flows.cuda_demand_paging.accesses import PAGE, Accesses
+from kit.flows.cuda_demand_paging.exactness import exactness
 from kit.flows.cuda_demand_paging.layout import gpu_memory_bytes, packed_ranges
 from kit.flows.cuda_demand_paging.parameters import CudaParameters
 from kit.flows.cuda_demand_paging.programs import program
@@ -209,13 +210,5 @@ class CudaSession(Session):
 
     @property
     def why(self) -> str:
-        """Say which counts of this program are exact and which depend on how warps are scheduled."""
-        p = self.parameters
-        if p.program == "vector_add" and p.grid > 1:
-            return (
-                "Many thread blocks run at once, and no source says whose miss reaches the fault buffer first. The kit "
-                f"lets warps drift apart by up to {self.machine['warp_spread']:g} us, drawn from the seed: the bytes "
-                "moved are exact, the number of copies and of fault groups varies from seed to seed, as it does from "
-                "run to run on hardware."
-            )
-        return "The order of accesses is fixed by the program, so every count and every address below is exact."
+        """Say which counts of this program are exact and which depend on the seed or on how warps are scheduled."""
+        return exactness(self)
