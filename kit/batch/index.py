@@ -26,11 +26,11 @@ main { max-width: 1200px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .75rem; }
 p.lead { color: var(--soft); margin: 0; }
 a { color: var(--link); }
-.runs { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem; }
+.runs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(375px, 100%), 1fr)); gap: 1rem; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden;
   display: flex; flex-direction: column; }
-article img { width: 100%; height: 190px; object-fit: contain; background: #fff; border-bottom: 1px solid var(--line); }
-article div { padding: .9rem 1rem; } h3 { font-size: 1rem; margin: 0 0 .5rem; }
+article img { width: 100%; height: 210px; object-fit: contain; background: #fff; border-bottom: 1px solid var(--line); }
+article div { padding: .9rem 1rem; } h3 { font-size: 1rem; margin: 0 0 .5rem; } h3 small { color: var(--soft); }
 dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .9rem; margin: 0 0 .75rem; }
 dt { color: var(--soft); } dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
@@ -63,10 +63,9 @@ def index_html(rows: Sequence[Mapping[str, Any]]) -> str:
     flows: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         flows.setdefault(row["flow"], []).append(row)
-    sections = "".join(
-        f'<section><h2>{escape(flow)}</h2><div class="runs">{"".join(map(_card, each))}</div></section>\n'
-        for flow, each in flows.items()
-    )
+    # Flows with one run share a grid, so that a page of default runs is not one long column.
+    lone = [each[0] for each in flows.values() if len(each) == 1]
+    sections = _grid(lone, "") + "".join(_grid(each, flow) for flow, each in flows.items() if len(each) > 1)
     count = f"{len(rows)} run{'' if len(rows) == 1 else 's'} of {len(flows)} flow{'' if len(flows) == 1 else 's'}"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -74,6 +73,14 @@ def index_html(rows: Sequence[Mapping[str, Any]]) -> str:
         f"<title>Farfault kit: runs</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f'<h1>Farfault kit</h1>\n<p class="lead">{count}</p>\n{sections}</main>\n</body>\n</html>\n'
     )
+
+
+def _grid(rows: Sequence[Mapping[str, Any]], flow: str) -> str:
+    """Return cards side by side, under the name of their flow where they share one."""
+    if not rows:
+        return ""
+    heading = f"<h2>{escape(flow)}</h2>" if flow else "<h2>One run a flow</h2>"
+    return f'<section>{heading}<div class="runs">{"".join(map(_card, rows))}</div></section>\n'
 
 
 def _card(row: Mapping[str, Any]) -> str:
@@ -84,7 +91,7 @@ def _card(row: Mapping[str, Any]) -> str:
         picture = f'<a href="{stem}.html"><img src="{row["picture"]}" alt="{row.get("alt", "")}"></a>'
     facts = "".join(f"<dt>{escape(name)}</dt><dd{kind}>{escape(text)}</dd>" for name, text, kind in _facts(row))
     links = "".join(f'<a href="{stem}{suffix}">{name}</a>' for name, suffix in FILES.items())
-    title = f'<h3><a href="{stem}.html">{escape(row["scenario"])}</a></h3>'
+    title = f'<h3><small>{escape(row["flow"])}</small><br><a href="{stem}.html">{escape(row["scenario"])}</a></h3>'
     return f"<article>{picture}<div>{title}<dl>{facts}</dl><nav>{links}</nav></div></article>\n"
 
 

@@ -11,7 +11,17 @@ from typing import Any
 __all__ = ["html_report", "network_references", "thumbnail"]
 
 # nbconvert's page without the four scripts that it would load from a content network.
+# On a narrow page long lines of code and text wrap, between words where they can, and wide outputs scroll.
 _TEMPLATE = """{% extends 'lab/index.html.j2' %}
+{% block notebook_css %}
+{{ super() }}
+<style>
+body.jp-Notebook .highlight pre, body.jp-Notebook .jp-RenderedText pre, body.jp-Notebook .jp-RenderedMarkdown pre {
+  white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; }
+body.jp-Notebook .jp-OutputArea-output, body.jp-Notebook .jp-RenderedMarkdown { overflow-x: auto; }
+body.jp-Notebook .jp-InputArea-editor { overflow-x: auto; }
+</style>
+{% endblock %}
 {% block html_head_js %}{% endblock %}
 {% block jupyter_widgets %}{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}
@@ -23,8 +33,11 @@ _LOADED = re.compile(
     r"""|\burl\(\s*["']?\s*((?:https?:)?//[^"')\s]+)|\b(?:import\s*\(?|from)\s*["'](https?://[^"']+)""",
     re.IGNORECASE,
 )
+_SHOWN = re.compile(r"<img\b[^>]*>")
 _INLINE_PNG = re.compile(r'src="data:image/png;base64,([A-Za-z0-9+/=\s]+)"')
 _ALT = re.compile(r'\balt="([^"]*)"')
+_NAME = re.compile(r'<figure data-picture="(\w+)"')
+_TELLING = ("overview", "timeline", "residency_map")  # what a flow is about, in the order of preference
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -61,16 +74,19 @@ def _outputs(notebook: Any) -> list[Any]:
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
-def _pictures(notebook: Any) -> Iterator[tuple[bytes, str]]:
-    """Yield the notebook's pictures as PNG, each with its text alternative."""
+def _pictures(notebook: Any) -> Iterator[tuple[bytes, str, str]]:
+    """Yield the pictures that a page shows as PNG, each with its text alternative and its name, if it has one.
+
+    Where an output has HTML, a page shows that: a PNG beside it is not seen unless the HTML holds it.
+    """
     for output in _outputs(notebook):
-        data = output.get("data", {})
-        html = "".join(data.get("text/html", ""))
-        alt = _ALT.search(html)
-        inline = _INLINE_PNG.search(html)
-        found = data.get("image/png") or (inline and inline[1])
-        if found:
-            yield base64.b64decode("".join(found)), alt[1] if alt else ""
+        html = "".join(output.get("data", {}).get("text/html", ""))
+        shown = _SHOWN.search(html)
+        inline = _INLINE_PNG.search(shown[0]) if shown else None
+        alt = _ALT.search(shown[0]) if shown else None
+        if inline and alt and alt[1]:
+            name = _NAME.search(html)
+            yield base64.b64decode(inline[1]), alt[1], name[1] if name else ""
 
 
 def _pixels(png: bytes) -> int:
@@ -79,7 +95,10 @@ def _pixels(png: bytes) -> int:
 
 
 def thumbnail(notebook: Any, width: int = 480) -> tuple[str, str] | None:
-    """Return the largest picture of an executed notebook, made small; of equals the last, which shows most.
+    """Return the most telling picture that an executed notebook shows, made small.
+
+    That is the last of the first kind in `_TELLING` that it has, which shows most of the run; with none of these,
+    the largest picture, of equals the last.
 
     Returns
     -------
@@ -91,7 +110,10 @@ def thumbnail(notebook: Any, width: int = 480) -> tuple[str, str] | None:
         return None
     from PIL import Image
 
-    png, alt = max(reversed(found), key=lambda picture: _pixels(picture[0]))
+    named = [[picture for picture in found if picture[2] == name] for name in _TELLING]
+    png, alt, _name = next((kind[-1] for kind in named if kind), None) or max(
+        reversed(found), key=lambda picture: _pixels(picture[0])
+    )
     small = io.BytesIO()
     with Image.open(io.BytesIO(png)) as picture:
         picture.thumbnail((width, 4 * width))

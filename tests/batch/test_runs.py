@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from matplotlib import image
 
 from kit import cli, paths
 from kit.batch import reports
+from kit.batch.index import index_html
 from kit.batch.runs import Job, events_csv, plan, run_batch
 from kit.errors import ParameterError
 from kit.report.events import event_records, write_events_csv
+from kit.report.figures.figure import Figure
 
 
 @pytest.fixture(autouse=True)
@@ -141,23 +144,62 @@ def test_the_events_file_is_that_of_a_run(tmp_path: Path) -> None:
     assert events_csv(event_records(run)) == (tmp_path / "events.csv").read_text()
 
 
+def _png(wide: int, high: int) -> bytes:
+    file = io.BytesIO()
+    image.imsave(file, np.zeros((high, wide, 3)), format="png")
+    return file.getvalue()
+
+
+def _book(*figures: Figure) -> nbformat.NotebookNode:
+    """Return an executed notebook of figures, one a cell, as a kernel leaves it."""
+    outputs = [nbformat.v4.new_output("display_data", data=each._repr_mimebundle_()) for each in figures]
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[each]) for each in outputs])
+
+
 def test_the_index_shows_the_largest_picture_and_of_equals_the_last() -> None:
-    def png(wide: int, high: int) -> bytes:
-        file = io.BytesIO()
-        image.imsave(file, np.zeros((high, wide, 3)), format="png")
-        return file.getvalue()
-
-    def output(picture: bytes, alt: str) -> nbformat.NotebookNode:
-        html = f'<figure><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></figure>'
-        return nbformat.v4.new_output("display_data", data={"text/html": html})
-
-    pictures = [png(40, 40), png(960, 480), png(960, 480), png(50, 50)]
-    cells = [nbformat.v4.new_code_cell(outputs=[output(each, str(i))]) for i, each in enumerate(pictures)]
-    found = reports.thumbnail(nbformat.v4.new_notebook(cells=cells))
+    sizes = [(40, 40), (960, 480), (960, 480), (50, 50)]
+    found = reports.thumbnail(_book(*[Figure("any", "", str(i), _png(*size)) for i, size in enumerate(sizes)]))
     assert found is not None
     small = image.imread(io.BytesIO(base64.b64decode(found[0].partition(",")[2])))
     assert (found[1], small.shape[:2]) == ("2", (240, 480))
     assert reports.thumbnail(nbformat.v4.new_notebook()) is None
+
+
+def test_the_index_shows_the_run_and_no_picture_that_the_report_hides() -> None:
+    hidden = Figure("documented_steps", "", "a tree", _png(900, 2000), html="<details></details>")
+    steps = Figure("sequence_chart", "", "a talk", _png(900, 1500))
+    stage, whole = (Figure("overview", "", alt, _png(600, 300)) for alt in ("a stage", "the run"))
+    lanes = Figure("timeline", "", "lanes", _png(700, 300))
+    for book, alt in (
+        (_book(lanes, stage, steps, whole, hidden), "the run"),
+        (_book(steps, lanes, hidden), "lanes"),
+        (_book(steps, hidden), "a talk"),
+    ):
+        found = reports.thumbnail(book)
+        assert found is not None and found[1] == alt
+    assert reports.thumbnail(_book(hidden)) is None
+
+
+def test_flows_with_one_run_share_a_grid() -> None:
+    row = {
+        "simulated s": None, "wall s": 1, "faults": None, "bytes moved": None, "steps reached": 0, "violations": 0,
+        "steps documented": 0, "lost pages": 0, "pages checked": 0,
+    }  # fmt: skip
+    page = index_html([{"flow": flow, "scenario": name, **row} for flow, name in ("ax", "by", "cx", "cy")])
+    heads = re.findall("<h2>(.*?)</h2>", page)
+    cards = [grid.count("<article>") for grid in page.split('<div class="runs">')[1:]]
+    assert (heads, cards) == (["One run a flow", "c"], [2, 2])
+
+
+def test_a_narrow_report_cuts_nothing() -> None:
+    page = reports.html_report(_book(Figure("any", "", "words", _png(4, 4))), "any")
+    assert '<body class="jp-Notebook"' in page  # which the rules below lean on to count more than the theme's
+    for rule in (
+        r"body\.jp-Notebook \.highlight pre,[^{]*\{[^}]*pre-wrap[^}]*overflow-wrap: anywhere",
+        r"body\.jp-Notebook \.jp-OutputArea-output,[^{]*\{[^}]*overflow-x: auto",
+        r"body\.jp-Notebook \.jp-InputArea-editor \{[^}]*overflow-x: auto",
+    ):
+        assert re.search(rule, page)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ class Figure:
             )
         else:
             body = f'<p style="color:{INK};background:#f4f5fa;padding:8px 12px;margin:0">{escape(self.alt)}</p>'
-        return f'<figure style="margin:4px 0 12px 0">{body}{caption if self.caption else ""}</figure>'
+        inside = f"{body}{caption}" if self.caption else body
+        return f'<figure data-picture="{self.name}" style="margin:4px 0 12px 0">{inside}</figure>'
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """Give front ends the HTML with its alt text, and the bare PNG and text beside it."""
