@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.drivers.uvm.grid_accesses import ELEMENT, GridAccesses, Shape
 from kit.drivers.uvm.sm import Misses
 from kit.drivers.uvm.types import READ, WRITE
 from kit.memory.physical.content import Content
@@ -15,32 +16,10 @@ from kit.memory.table.pagetable import PageTable
 from kit.sim.costs import Costs
 from kit.sim.machine import Machine
 
-__all__ = ["GridKernel", "Shape"]
+__all__ = ["GridKernel"]
 
 WARP: Final = 32
-ELEMENT: Final = 4  # bytes
 LINE: Final = 128  # bytes of a cache line
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Launch shape and arrays of a grid-stride loop ``out[i] = f(in[i], ...)``.
-
-    Attributes
-    ----------
-    n : int
-        Elements of 4 bytes.
-    grid, block : int
-        Thread blocks, threads in a block.
-    reads, writes : tuple of int
-        Addresses of the arrays that an iteration loads, and of those that it then stores.
-    """
-
-    n: int
-    grid: int
-    block: int
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,8 +35,10 @@ class GridKernel:
     """A grid-stride loop, warp by warp.
 
     A warp's loads of one iteration are all issued before it waits; its stores follow when the loads
-    have come back. Iterations on the same pages are folded into one step. Thread blocks are handed
-    to SMs in order, as many at a time as fit, a new one when an old one ends.
+    have come back (`GridAccesses` keeps what has been made). Iterations on the same pages are folded
+    into one step, which asks for each of its pages once: with fewer root chunks than arrays, where
+    every iteration would fault again, a step still faults once for each page. Thread blocks are
+    handed to SMs in order, as many at a time as fit, a new one when an old one ends.
 
     Parameters
     ----------
@@ -93,22 +74,13 @@ class GridKernel:
         lines = max(1.0, self.fold * self.span / LINE) if self.fold > 1 else 1.0
         self.step_us = self.fold * hit + lines * (miss - hit)
         self.bandwidth = float(machine["memory_bandwidth"])  # bytes in a microsecond
-        self._tables(table)
+        self.accesses = GridAccesses(shape, table, self.lanes)
         self.next_warp = self.lanes
         self.warp = np.arange(self.lanes, dtype=np.int64)
         self.step = np.zeros(self.lanes, dtype=np.int64)
-        self.storing = np.zeros(self.lanes, dtype=bool)
         self.asleep = np.zeros(self.lanes, dtype=bool)
         self.alive = np.ones(self.lanes, dtype=bool)
-
-    def _tables(self, table: PageTable) -> None:
-        """Slot of the first page of each array, so that a page's slot is one addition away."""
-        pages = -(-self.bytes // 4096) + 1
-        self.first_page = {a: a // 4096 for a in (*self.shape.reads, *self.shape.writes)}
-        self.slot: dict[int, NDArray[np.int64]] = {}
-        for address, first in self.first_page.items():
-            count = (address % 4096 + self.bytes - 1) // 4096 + 1
-            self.slot[address] = table.walk(np.arange(first, first + min(count, pages)))
+        self.progress = 0
 
     @property
     def stalled(self) -> int:
@@ -138,7 +110,7 @@ class GridKernel:
             if not len(lanes):
                 break
             spent += self._run(lanes, rights, content, horizon - spent, found, spent)
-        return spent, self._faults(found, rights) if found else None
+        return spent, self._faults(found) if found else None
 
     def _run(
         self, lanes: NDArray[np.int64], rights: NDArray[np.uint8], content: Content, left: float,
@@ -148,11 +120,10 @@ class GridKernel:
         ahead = int(min(max(1, 8192 // len(lanes)), max(1, left // self.step_us)))
         start = self._offset(lanes)[:, None] + np.arange(ahead)[None, :] * self._advance_bytes
         inside = start < self.bytes
-        loads = self._granted(rights, start, inside, self.shape.reads, 1)
-        stores = self._granted(rights, start, inside, self.shape.writes, 2)
-        passed = loads & stores
+        loads = self.accesses.granted(lanes, rights, start, inside, READ)
+        passed = loads & self.accesses.granted(lanes, rights, start, inside, WRITE)
         stop = np.where(passed.all(axis=1), ahead, passed.argmin(axis=1))
-        self._write(content, start, inside, stop)
+        self.accesses.passed(lanes, start, inside & (np.arange(ahead)[None, :] < stop[:, None]), content)
         self.step[lanes] += stop
         rows = np.arange(len(lanes))
         blocked = stop < ahead
@@ -162,7 +133,8 @@ class GridKernel:
         blocked &= ~over
         self.asleep[lanes[blocked]] = True
         storing = blocked & loads[rows, where]
-        self.storing[lanes[blocked]] = storing[blocked]
+        stuck = lanes[blocked]
+        self.progress += int(stop.sum()) + self.accesses.wait(stuck, self._offset(stuck), rights, content)
         for kind, which in ((False, blocked & ~storing), (True, storing)):
             if which.any():
                 found.append(Stall(lanes[which], kind, spent + float(stop[which].max()) * self.step_us))
@@ -177,31 +149,6 @@ class GridKernel:
         """Byte offset into the arrays of the present step of `lanes`; past the end when the loop is over."""
         return self.warp[lanes] * self.span + self.step[lanes] * self._advance_bytes
 
-    def _slots(self, address: int, offset: NDArray[np.int64]) -> NDArray[np.int64]:
-        table = self.slot[address]
-        found: NDArray[np.int64] = table[np.minimum((address % 4096 + offset) >> 12, len(table) - 1)]
-        return found
-
-    def _granted(
-        self,
-        rights: NDArray[np.uint8],
-        offset: NDArray[np.int64],
-        inside: NDArray[np.bool_],
-        arrays: tuple[int, ...],
-        need: int,
-    ) -> NDArray[np.bool_]:
-        granted = inside.copy()
-        for address in arrays:
-            granted &= rights[self._slots(address, offset)] >= need
-        return granted
-
-    def _write(
-        self, content: Content, offset: NDArray[np.int64], inside: NDArray[np.bool_], stop: NDArray[np.int64]
-    ) -> None:
-        ran = inside & (np.arange(offset.shape[1])[None, :] < stop[:, None])
-        for address in self.shape.writes:
-            content.write(self._slots(address, offset[ran]))
-
     def _retire(self, lanes: NDArray[np.int64]) -> None:
         """Warps at their end make room for the next ones."""
         more = min(len(lanes), self.warps - self.next_warp)
@@ -210,16 +157,14 @@ class GridKernel:
         self.next_warp += more
         self.alive[lanes[more:]] = False
 
-    def _faults(self, found: list[Stall], rights: NDArray[np.uint8]) -> Misses:
+    def _faults(self, found: list[Stall]) -> Misses:
         """Turn stalled warps into fault-buffer entries, merged per SM, page and access."""
         pages, kinds, sms, delays, turns = [], [], [], [], []
         for stall in found:
             kind, arrays = (WRITE, self.shape.writes) if stall.storing else (READ, self.shape.reads)
             for turn, address in enumerate(arrays):
-                offset = self._offset(stall.lanes)
-                missing = rights[self._slots(address, offset)] < kind
-                lanes, offset = stall.lanes[missing], offset[missing]
-                pages.append(self.first_page[address] + ((address % 4096 + offset) >> 12))
+                lanes = stall.lanes[~self.accesses.made(stall.lanes, kind, turn)]
+                pages.append(self.accesses.pages(address, self._offset(lanes)))
                 kinds.append(np.full(len(lanes), kind, dtype=np.int8))
                 sms.append(self._merge_groups(lanes, stall.storing))
                 delays.append(np.full(len(lanes), stall.delay))
@@ -261,7 +206,7 @@ class GridKernel:
             offset = self._offset(lanes)
             dead = np.zeros(len(lanes), dtype=bool)
             for address in self.shape.reads + self.shape.writes:
-                page = self.first_page[address] + ((address % 4096 + offset) >> 12)
+                page = self.accesses.pages(address, offset)
                 dead |= np.isin(page, np.fromiter(pages, dtype=np.int64))
             hit = bool(dead.any())
         if hit:

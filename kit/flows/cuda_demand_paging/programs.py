@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.drivers.uvm.gpu import Gpu
-from kit.drivers.uvm.grid import GridKernel, Shape
+from kit.drivers.uvm.grid import GridKernel
+from kit.drivers.uvm.grid_accesses import Shape
 from kit.drivers.uvm.sm import Kernel
 from kit.flows.cuda_demand_paging.accesses import (
     NOTHING,
