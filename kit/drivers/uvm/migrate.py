@@ -108,7 +108,7 @@ def uvm_va_block_migrate_locked(
 ) -> Wait:
     """Make resident with cause User, then map; returns NV_STATUS (uvm_migrate.c)."""
     make_resident = uvm_va_block_make_resident
-    if block.range.policy.read_duplication:
+    if block.range.read_duplicate:
         make_resident = uvm_va_block_make_resident_read_duplicate
     status: int = yield from make_resident(block, thread, context, destination, mask, EMPTY, "api")
     if status != NV_OK:

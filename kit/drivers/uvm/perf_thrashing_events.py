@@ -26,7 +26,7 @@ def thrashing_notify_migration(block: VaBlock, thread: Thread, mask: PageMask, d
         return
     if info is not None and info.page is not None:
         uvm_perf_event_notify_migration(block, thread, mask, dest, cause)
-    elif cause == "fault" and not block.range.policy.read_duplication:
+    elif cause == "fault" and not block.range.read_duplicate:
         info = _block_event(block, thread, dest)
         if info.page is not None:  # which it has from this event on
             _count_events(block, thread, info, info.page, mask, dest, True)
@@ -60,7 +60,7 @@ def uvm_perf_event_notify(block: VaBlock, thread: Thread, mask: PageMask, proces
 def thrashing_event_cb(block: VaBlock, thread: Thread, mask: PageMask, processor: int, cause: str) -> None:
     """Stamp and count an event on every page of `mask`; a user's move wipes their history (uvm_perf_thrashing.c)."""
     if cause != "revocation":
-        if cause != "fault" or block.range.policy.read_duplication:
+        if cause != "fault" or block.range.read_duplicate:
             thrashing_reset_pages_in_region(block, thread, mask)
             return
         mask &= ~_moving_to_pin(block, mask, processor)

@@ -104,7 +104,7 @@ def uvm_va_range_set_accessed_by(va_range: VaRange, thread: Thread, processor: i
 @waiting_step
 def uvm_va_block_set_accessed_by(block: VaBlock, thread: Thread, processor: int) -> Wait:
     """Map what is resident now, and wait for it; read duplication takes precedence (uvm_va_block.c)."""
-    if block.range.policy.read_duplication:
+    if block.range.read_duplicate:
         return
     yield from block.lock.acquire(thread)
     uvm_va_block_set_accessed_by_locked(block, thread, processor)
@@ -138,8 +138,9 @@ def read_duplication_set(va_space: VaSpace, thread: Thread, first: int, pages: i
         if va_range.policy.read_duplication == on:
             continue
         va_range.policy.read_duplication = on
-        set_or_unset = uvm_va_range_set_read_duplication if on else uvm_va_range_unset_read_duplication
-        yield from set_or_unset(va_range, thread)
+        if va_space.can_read_duplicate:  # else only the user's wish is kept
+            set_or_unset = uvm_va_range_set_read_duplication if on else uvm_va_range_unset_read_duplication
+            yield from set_or_unset(va_range, thread)
 
 
 @waiting_step

@@ -92,6 +92,11 @@ class VaRange:
         """First page past the range."""
         return self.first + self.pages
 
+    @property
+    def read_duplicate(self) -> bool:
+        """Whether the advice has effect: none while a GPU without page faults is there (uvm_va_policy.c)."""
+        return self.policy.read_duplication and self.va_space.can_read_duplicate
+
 
 class VaBlock:
     """A naturally aligned slice of a managed range: unit of locking, service and prefetch.
@@ -169,6 +174,7 @@ class VaSpace:
         self.engine, self.module, self.mm, self.host, self.gpu = engine, module, mm, mm.memory, gpu
         self.next_page = MANAGED_BASE // PAGE  # libcuda places managed memory itself, one allocation above the other
         gpu.va_space = self
+        self.can_read_duplicate = gpu.hal.replayable_faults
         self.content = Content()
         # Processors whose atomics on a location are not native: a promotion would take rights from them.
         self.contenders = tuple(

@@ -186,7 +186,7 @@ def uvm_va_block_add_mappings_after_migration(
 ) -> None:
     """Map `processors` but the one that is served, with what its right leaves them (uvm_va_block.c)."""
     policy, va_space = block.range.policy, block.range.va_space
-    if policy.read_duplication:
+    if block.range.read_duplicate:
         return
     for location in (CPU, GPU):
         there = mask & block.resident[location] & ~block.read_duplicated & ~block.discarded

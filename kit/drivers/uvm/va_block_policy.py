@@ -57,14 +57,14 @@ def block_select_processor_residency(block: VaBlock, thread: Thread, context: Se
     """
     va_space, policy = block.range.va_space, block.range.policy
     todo, preferred, other = context.faulted, policy.preferred_location, 1 - processor
-    advised = preferred is not None or policy.accessed_by or policy.read_duplication
+    advised = preferred is not None or policy.accessed_by or block.range.read_duplicate
     if not advised and not context.pinned and not va_space.module.fault_force_sysmem:
         context.new_residency[processor] = todo  # what the rules come to, wherever the pages are
         return
     chosen = [EMPTY, EMPTY]
     if va_space.module.fault_force_sysmem:
         chosen[CPU], todo = todo, EMPTY
-    if policy.read_duplication:
+    if block.range.read_duplicate:
         duplicated = todo & ~pinned_mask(context)
         context.read_duplicate |= duplicated & context.wanted[READ_ONLY]
         chosen[processor] |= duplicated

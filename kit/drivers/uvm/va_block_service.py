@@ -44,7 +44,7 @@ def uvm_va_block_get_prefetch_hint(block: VaBlock, thread: Thread, context: Serv
     ((destination, pages),) = context.new_residency.items()
     context.prefetched = hint = uvm_perf_prefetch_get_hint_va_block(block, thread, destination, pages)
     context.new_residency[destination] = pages | hint
-    if block.range.policy.read_duplication and not block.range.va_space.module.fault_force_sysmem:
+    if block.range.read_duplicate and not block.range.va_space.module.fault_force_sysmem:
         context.read_duplicate |= hint
 
 
@@ -103,7 +103,7 @@ def _compute_new_permission(
     contested = EMPTY
     for other in va_space.contenders[destination]:
         contested |= block.pte[other][READ_WRITE_ATOMIC]
-    may_duplicate = block.all_pages if block.range.policy.read_duplication else block.read_duplicated
+    may_duplicate = block.all_pages if block.range.read_duplicate else block.read_duplicated
     promoted = read & ~(may_duplicate | contested | block.discarded)
     read ^= promoted
     write |= promoted
