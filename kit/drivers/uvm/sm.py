@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kit.drivers.uvm.fault_buffer import Column
 from kit.drivers.uvm.gpu import Gpu
-from kit.drivers.uvm.types import PREFETCH, VaSpace
+from kit.drivers.uvm.types import PAGE_SHIFT, PREFETCH, VaSpace
 from kit.memory.physical.content import Content
 from kit.sim.engine import Wait
 
@@ -91,8 +91,9 @@ class Kernel(Protocol):
 def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
     """Run a kernel to its end; returns None, or the reason why it was killed.
 
-    A cancelled access kills its kernel: what has not run yet is not run. When it is not `alone`,
-    other processors may take pages away at any time, and it must not run far ahead of them.
+    A cancelled access kills its kernel: what has not run yet is not run. So does any fault of a GPU whose faults
+    cannot be replayed: its channel is torn down. When it is not `alone`, other processors may take pages away at any
+    time, and it must not run far ahead of them.
     """
     gpu: Gpu = va_space.gpu
     engine, trace = gpu.engine, gpu.engine.trace
@@ -112,6 +113,9 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
         horizon = FOREVER if quiet else HORIZON
         spent, misses = kernel.advance(gpu.table.rights, va_space.content, horizon, retry)
         if misses is not None:
+            if not gpu.hal.replayable_faults and (killed := _mmu_fault(misses)):
+                yield from engine.pause(spent + gpu.costs.interrupt)
+                break
             _fault(gpu, misses)
         # When all that stalls has missed at the end of this run, nothing can concern the kernel before a replay.
         at_end = misses is not None and misses.delay[0] >= spent and (retry or not stalled)
@@ -130,6 +134,15 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
     status = f"killed: {killed}" if killed else "ok"
     trace.span("kernel", "gpu", start, engine.now, cause=kernel.name, status=status)
     return killed
+
+
+def _mmu_fault(misses: Misses) -> str | None:
+    """Return why misses are the end of a context: before Pascal nothing replays them, and UVM does not even see them.
+
+    Prefetch instructions are dropped.
+    """
+    pages = np.asarray(misses.page)[np.asarray(misses.access) != PREFETCH]
+    return f"InvalidAddress, MMU fault at {int(pages[0]) << PAGE_SHIFT:#x}" if len(pages) else None
 
 
 def _fault(gpu: Gpu, misses: Misses) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from drivers.uvm.harness import Harness, pages
 
 import kit
-from kit.drivers.uvm.types import GPU, READ_WRITE_ATOMIC, VaRange
+from kit.drivers.uvm.types import GPU, PREFETCH, READ_WRITE_ATOMIC, WRITE, VaRange
 from kit.errors import DriverError
 from kit.sim.engine import Wait
 
@@ -130,3 +131,60 @@ def test_the_cpu_may_not_touch_beside_a_kernel_in_the_flow() -> None:
         kit.run(
             "cuda_demand_paging", machine="k80", program="stream", buffer_bytes=2 << 20, touches=100_000, cpu_touches=5
         )
+
+
+@pytest.mark.parametrize("program", ["three_lines", "unit_touch", "stream"])
+def test_a_stray_access_is_an_mmu_fault_that_ends_the_kernel(program: str) -> None:
+    run = kit.run("cuda_demand_paging", machine="k80", program=program, stray_bytes=1)
+    where = run.allocations[0].va + (2 << 20)
+    (said,) = run.errors
+    assert said.endswith(f"killed by a fatal GPU fault: InvalidAddress, MMU fault at {where:#x}")
+    assert run.integrity.lost == 0
+    assert run.metrics["gpu_fault_groups"] == run.metrics["fatal_faults"] == 0, "the driver itself sees no fault"
+
+
+def test_after_a_stray_access_the_driver_is_at_rest() -> None:
+    h, r = ready()
+    h.touch(pages(r, range(512)))
+    assert h.kernel([*pages(r, range(64)), r.end + 7], lanes=4) == f"InvalidAddress, MMU fault at {r.end + 7 << 12:#x}"
+    assert r.migratable
+    h.touch(pages(r, range(512)), False)
+    h.check()
+
+
+def test_prefetch_instructions_past_the_end_are_dropped() -> None:
+    h, r = ready()
+    kinds = [PREFETCH, WRITE, PREFETCH]
+    assert h.kernel([r.end + 9, r.first, r.end + 1], kinds, lanes=2) is None
+    h.check()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"init": "gpu"},
+        {"arrays": 3},
+        {"program": "stream", "first_touch": "gpu"},
+        {"program": "trace", "first_touch": "gpu"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("when", ["allocation", "first_touch"])
+def test_read_mostly_has_no_effect(given: dict[str, Any], when: str) -> None:
+    plain, advised = (
+        kit.run("cuda_demand_paging", machine="k80", advice=advice, advice_when=when, **given)
+        for advice in ("none", "read_mostly")
+    )
+    assert [e["kind"] for e in advised.events()] == [e["kind"] for e in plain.events()]
+    assert advised.metrics["read_duplicates"] == 0 and advised.integrity.lost == 0 and not advised.errors
+
+
+def test_the_wish_for_read_duplication_is_kept() -> None:
+    h, r = ready()
+    h.advise("read_mostly", r.first, 512)
+    assert r.policy.read_duplication and not r.read_duplicate
+    assert all(block.pte[GPU][READ_WRITE_ATOMIC] == block.all_pages for block in h.blocks()), "no right is taken"
+    h.touch(pages(r, range(512)), False)
+    assert h.where(r) == "C" * 512
+    h.kernel(pages(r, range(512)))
+    h.check()
