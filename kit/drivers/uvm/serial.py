@@ -31,6 +31,11 @@ class SerialKernel(Stream):
     window = WINDOW
 
     @property
+    def progress(self) -> int:
+        """See `kit.drivers.uvm.sm.Kernel.progress`."""
+        return self.position - self.stalled
+
+    @property
     def blocked(self) -> bool:
         """See `kit.drivers.uvm.sm.Kernel.blocked`."""
         return self.stalled > 0

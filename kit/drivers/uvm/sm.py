@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kit.drivers.uvm.fault_buffer import Column
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.types import PAGE_SHIFT, PREFETCH, VaSpace
+from kit.drivers.uvm.watchdog import Watchdog
 from kit.memory.physical.content import Content
 from kit.sim.engine import Wait
 
@@ -51,6 +52,11 @@ class Kernel(Protocol):
 
     name: str
     lanes: int
+
+    @property
+    def progress(self) -> int:
+        """A number that grows whenever an access is made."""
+        ...
 
     @property
     def blocked(self) -> bool:
@@ -93,13 +99,13 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
 
     A cancelled access kills its kernel: what has not run yet is not run. So does any fault of a GPU whose faults
     cannot be replayed: its channel is torn down. When it is not `alone`, other processors may take pages away at any
-    time, and it must not run far ahead of them.
+    time, and it must not run far ahead of them. Misses that nothing serves are an error (`Watchdog`).
     """
     gpu: Gpu = va_space.gpu
     engine, trace = gpu.engine, gpu.engine.trace
     start = engine.now
     yield from engine.pause(gpu.costs.launch)
-    replays, killed = gpu.replays, None
+    replays, killed, watchdog = gpu.replays, None, Watchdog(kernel, gpu)
     while not kernel.done:
         if gpu.cancelled or gpu.cancelled_all:
             reason = gpu.cancelled_all or next(iter(gpu.cancelled.values()))
@@ -116,6 +122,7 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
             if not gpu.hal.replayable_faults and (killed := _mmu_fault(misses)):
                 yield from engine.pause(spent + gpu.costs.interrupt)
                 break
+            watchdog.look(misses)
             _fault(gpu, misses)
         # When all that stalls has missed at the end of this run, nothing can concern the kernel before a replay.
         at_end = misses is not None and misses.delay[0] >= spent and (retry or not stalled)

@@ -118,6 +118,11 @@ class StreamKernel(Stream):
         return len(self.waiting)
 
     @property
+    def progress(self) -> int:
+        """See `kit.drivers.uvm.sm.Kernel.progress`."""
+        return self.position - self.stalled
+
+    @property
     def blocked(self) -> bool:
         """See `kit.drivers.uvm.sm.Kernel.blocked`."""
         waiting = len(self.waiting)
