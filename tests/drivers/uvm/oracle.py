@@ -84,18 +84,18 @@ class Oracle:
         for block in sorted(self.blocks, key=lambda b: b.first):
             if self.out_of_memory:
                 return
-            wanted = {p - block.first for p in pages if block.first <= p < block.first + block.count}
-            wanted -= {p for p, where in block.at.items() if where == "gpu"}
-            if wanted:
-                self.service("gpu", block, wanted)
+            asked = {p - block.first for p in pages if block.first <= p < block.first + block.count}
+            if any(block.at.get(p) != "gpu" for p in asked):
+                self.service("gpu", block, asked)
 
     # one block service
 
-    def service(self, processor: str, block: Block, faulted: set[int]) -> None:
+    def service(self, processor: str, block: Block, asked: set[int]) -> None:
         kept: list[tuple[Root, int, int]] = []
         taken: list[Root] = []
         while True:
-            faulted = {p for p in faulted if block.at.get(p) != processor or processor == "cpu"}
+            # Looked at anew in each try: the eviction for the first may have taken a page that was there.
+            faulted = {p for p in asked if block.at.get(p) != processor or processor == "cpu"}
             wanted = faulted | self.hint(processor, block, faulted)
             if self.make_room(processor, block, wanted, kept, taken):
                 break

@@ -136,6 +136,13 @@ def test_a_batch_that_runs_out_of_memory_serves_no_further_block() -> None:
         compare([(104, 0), (1, 0), (last, 100)], steps, roots=1, prefetch_threshold=2, fault_batch_count=256)
 
 
+def test_a_page_that_the_retry_finds_evicted_is_a_fault_again() -> None:
+    """Page 0 is there when the batch begins; memory for page 336 is what takes it away."""
+    steps: list[Step] = [("cpu", 0, [0], False), *(("gpu", which, [0], False) for which in (1, 2, 0))]
+    steps.append(("batch", 2, [0, 336], False))
+    compare([(512, 0), (161, 0), (353, 0)], steps, roots=2, prefetch_threshold=2, fault_batch_count=256)
+
+
 SIZES = st.tuples(st.integers(1, 700), st.sampled_from([0, 0, 1, 8, 100, 500]))
 STEPS = st.tuples(
     st.sampled_from(["cpu", "gpu", "batch"]),
