@@ -202,15 +202,15 @@ class CudaParameters(_DriverPolicy):
             raise ParameterError("outputs", self.outputs, f"at most arrays = {self.arrays}")
 
     def _check_calls_before_pascal(self) -> None:
-        """Without page faults a GPU's concurrentManagedAccess is 0, which cudaMemPrefetchAsync and advice need."""
+        """Without page faults a GPU's concurrentManagedAccess is 0, which cudaMemPrefetchAsync and advice for it need.
+
+        Other advice is taken, as by CUDA: read-mostly has no effect there.
+        """
         invalid = f"none on {self.machine}: cudaErrorInvalidDevice where concurrentManagedAccess is 0, before Pascal"
         if self.prefetch != "none":
             raise ParameterError("prefetch", self.prefetch, invalid)
         if self.advice.endswith("_gpu"):
             raise ParameterError("advice", self.advice, invalid)
-        if self.advice != "none":
-            why = "a GPU without page faults, before Pascal, makes no read-only copies and moves whole ranges at launch"
-            raise ParameterError("advice", self.advice, f"none on {self.machine}: {why}")
 
     def _check_units(self) -> None:
         if self.unit_bytes % 4096:
