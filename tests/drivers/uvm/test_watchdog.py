@@ -52,7 +52,7 @@ def test_time_alone_is_not_enough() -> None:
 
 
 def test_an_access_that_goes_through_starts_it_again() -> None:
-    h, kernel = ready(thrashing_enable=0)
+    h, kernel = ready(thrashing_enable=False)
     watchdog = Watchdog(kernel, h.gpu)
     for position in (1, 2):
         h.wait(1.0)
