@@ -11,7 +11,7 @@ from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, FEW_RUNS, GPU, PAGE_SHIFT, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.memory.columns import copy
-from kit.memory.table.pagemask import PageMask, bools, cut_runs, first_page, from_pages, holds, runs
+from kit.memory.table.pagemask import PageMask, bools, cut_runs, first_page, from_pages, holds, run_count, runs
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -108,14 +108,14 @@ def _lay_out(
 
 def _copy(block: VaBlock, dest: int, mask: PageMask) -> None:
     """Copy the content of the pages of `mask` to `dest`."""
-    va_space, pieces = block.range.va_space, runs(mask)
+    va_space = block.range.va_space
     pools = (va_space.host.payload, va_space.gpu.frames.payload)
     there, here = block.base(dest), block.base(1 - dest)
     if there < 0 or here < 0:
         moved = bools(mask, block.pages)
         pools[dest][block.frames[dest][moved]] = pools[1 - dest][block.frames[1 - dest][moved]]
-    elif len(pieces) <= FEW_RUNS:
-        for first, count in pieces:
+    elif run_count(mask) <= FEW_RUNS:
+        for first, count in runs(mask):
             copy(pools[dest], there + first, pools[1 - dest], here + first, here + first + count)
     else:
         pages, moved = block.pages, bools(mask, block.pages)
@@ -126,9 +126,9 @@ def block_settle(block: VaBlock, processor: int, mask: PageMask) -> None:
     """Bring the program's writes to the pages of `mask` into the frames that hold them at `processor`."""
     va_space = block.range.va_space
     content, slot = va_space.content, block.slot[GPU]
-    pool, base, pieces = (va_space.host, va_space.gpu.frames)[processor], block.base(processor), runs(mask)
-    if base >= 0 and len(pieces) <= FEW_RUNS and not block.clean:
-        for first, count in pieces:
+    pool, base = (va_space.host, va_space.gpu.frames)[processor], block.base(processor)
+    if base >= 0 and run_count(mask) <= FEW_RUNS and not block.clean:
+        for first, count in runs(mask):
             content.settle_run(slot + first, slot + first + count, pool, base + first)
         return
     if content.marks.find(1, slot + first_page(mask), slot + mask.bit_length()) < 0:

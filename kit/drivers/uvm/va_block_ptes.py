@@ -13,7 +13,7 @@ from kit.drivers.uvm.types import (
     VaBlock,
 )
 from kit.memory.columns import copy, fill
-from kit.memory.table.pagemask import EMPTY, PageMask, bools, runs, whole_units
+from kit.memory.table.pagemask import EMPTY, PageMask, bools, run_count, runs, whole_units
 from kit.sim.engine import Thread
 
 __all__ = ["downgrade_membar", "push_ptes", "write_ptes"]
@@ -28,9 +28,9 @@ def downgrade_membar(block: VaBlock, gpu: Gpu, mask: PageMask) -> float:
 
 def write_ptes(block: VaBlock, gpu: Gpu, mask: PageMask, prot: int, location: int = GPU) -> int:
     """Update the GPU's table and return how many entries of which size had to be written."""
-    table, slot, pieces = gpu.table, block.slot[GPU], runs(mask)
-    if len(pieces) <= FEW_RUNS:
-        for first, count in pieces:
+    table, slot = gpu.table, block.slot[GPU]
+    if run_count(mask) <= FEW_RUNS:
+        for first, count in runs(mask):
             fill(table.rights, slot + first, slot + first + count, prot)
             if prot:
                 copy(table.frame, slot + first, block.frames[location], first, first + count)
