@@ -6,7 +6,7 @@ panel's own width (container queries) and not for the window's.
 
 from __future__ import annotations
 
-from kit.report.language import GRID
+from kit.report.language import BLUE, GRID
 
 __all__ = ["CELL", "SHEET", "headline_sheet"]
 
@@ -14,7 +14,6 @@ CELL = 120  # CSS pixels that a headline figure needs
 _SIDE = 312  # of the controls beside the views
 _STACK = 900  # narrower than this, the controls go above the views
 _PICTURE = 560  # at which a picture's words can still be read; it scrolls where there is less
-_BLUE = "#0072B2"
 
 SHEET = f"""<style>
 .farfault-panel {{ container: farfault-panel / inline-size; width: 100%; overflow: visible; }}
@@ -43,7 +42,7 @@ SHEET = f"""<style>
   flex: 0 0 auto; min-width: 0; padding: 0 4px; margin: 0; border: 0; background: none;
 }}
 .farfault-views .jupyter-widget-tab > .lm-TabBar .lm-TabBar-tab.lm-mod-current {{
-  color: {_BLUE}; font-weight: bold; border-bottom: 2px solid {_BLUE};
+  color: {BLUE}; font-weight: bold; border-bottom: 2px solid {BLUE};
 }}
 .farfault-views .jupyter-widget-tab > .lm-TabBar .lm-TabBar-tab::before {{ display: none; }}
 .farfault-views .jupyter-widget-tab > .lm-TabBar .lm-TabBar-tabLabel {{ overflow: visible; }}
