@@ -53,6 +53,13 @@ class PageMask:
             self.e ^ o.e, self.f ^ o.f, self.g ^ o.g, self.h ^ o.h,
         )  # fmt: skip
 
+    def andnot(self, o: PageMask) -> PageMask:
+        """Return ``self & ~o``, as `kit.native.inline` writes it."""
+        return PageMask(
+            self.a & ~o.a, self.b & ~o.b, self.c & ~o.c, self.d & ~o.d,
+            self.e & ~o.e, self.f & ~o.f, self.g & ~o.g, self.h & ~o.h,
+        )  # fmt: skip
+
     def __invert__(self) -> PageMask:
         return PageMask(~self.a, ~self.b, ~self.c, ~self.d, ~self.e, ~self.f, ~self.g, ~self.h)
 
@@ -66,7 +73,11 @@ class PageMask:
         return self.a | self.b | self.c | self.d | self.e | self.f | self.g | self.h != 0
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PageMask) and not self ^ other
+        return (
+            isinstance(other, PageMask)
+            and self.a == other.a and self.b == other.b and self.c == other.c and self.d == other.d
+            and self.e == other.e and self.f == other.f and self.g == other.g and self.h == other.h
+        )  # fmt: skip
 
     def __hash__(self) -> int:
         return hash(int(self))
@@ -228,6 +239,8 @@ def cut_runs(mask: PageMask, apart: PageMask) -> list[tuple[int, int]]:
     two: i64 = 0
     for at in range(WORDS):
         word = mask.word(at)
+        if word | one | two == 0:
+            continue
         inside = word & apart.word(at)
         outside = word ^ inside
         edge = word ^ words.up(word, one | two)

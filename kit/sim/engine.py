@@ -39,27 +39,10 @@ class Clock(simpy.core.Environment):
         It is what waiting for a timeout comes to when that timeout is the next event anyway.
         """
         time = self._now + delay
-        if self._due_by(time):
+        if self._queue and float(self._queue[0][0]) <= time:
             return False
         self._now = time
         return True
-
-    def reach(self, time: float) -> float | None:
-        """Return the clock's time if it is `time` or later, or can leap there; else None."""
-        ahead = time - self._now
-        if ahead > 0:
-            time = self._now + ahead
-            if self._due_by(time):
-                return None
-            self._now = time
-        return self._now
-
-    def _due_by(self, time: float) -> bool:
-        queue = self._queue
-        if not queue:
-            return False
-        due: float = queue[0][0]
-        return due <= time
 
     def at(self, time: float) -> Event:
         """Return an event that happens at `time`, exactly."""
@@ -142,11 +125,15 @@ class Thread:
         The running span's place in the log, -1: none.
     """
 
-    __slots__ = ("_env", "_facts", "_jitter", "_numbered", "_trace", "at", "engine", "keys", "log", "name", "now")
+    __slots__ = (
+        "_clock", "_facts", "_jitter", "_numbered", "_queue", "_trace", "at", "engine", "keys", "log", "name", "now",
+    )  # fmt: skip
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine, self.name = engine, name
-        self._env, self._trace, self.log = engine.env, engine.trace, engine.trace.spans.log
+        self._trace, self.log = engine.trace, engine.trace.spans.log
+        # SimPy's fields, for `in_step`: compiled, they are found sooner in their dict than on their object.
+        self._clock, self._queue = vars(engine.env), engine.env._queue
         self._facts = engine.trace.spans.facts
         engine.trace.actors(name)
         self.now: float = float(engine.env.now)
@@ -160,15 +147,20 @@ class Thread:
         """The running span's row, -1: none."""
         return self.at >> SHIFT
 
-    def key(self, number: int, step: str) -> int:
-        """Return ``keys[step]`` of a step that the compiler has given a number: a place in a list is found sooner."""
+    def enter(self, number: int, step: str) -> int:
+        """Open the span of a step that the compiler has given a number, and return its place (`kit.sim.steps`)."""
         known = self._numbered
         if number >= len(known):
             known += [0] * (number + 1 - len(known))
-        found = known[number]
-        if not found:
-            found = known[number] = self.keys[step]
-        return found
+        key = known[number]  # a place in a list is found sooner than a word
+        if not key:
+            key = known[number] = self.keys[step]
+        self.at = at = self.log.add(self.now, self.now, key, self.at)
+        return at
+
+    def leave(self, at: int) -> None:
+        """Close the span at a place, now."""
+        self.at = self.log.close(at, self.now)
 
     def apart(self, work: Callable[[], Any]) -> Any:
         """Do `work` as if the running step had not called it: what a completion or an interrupt calls."""
@@ -195,23 +187,26 @@ class Thread:
             self._facts.add(self.at, va, pages, bytes, 0, 0, value)
 
     def in_step(self) -> bool:
-        """Bring the common clock up to this actor's if nobody else acts before; return whether they agree."""
-        now = self._env.reach(self.now)
-        if now is None:
-            return False
+        """Bring the common clock up to this actor's if nobody else acts before; return whether they agree.
+
+        A clock that is ahead takes the actor along.
+        """
+        now: float = self._clock["_now"]
+        ahead = self.now - now
+        if ahead > 0:
+            now += ahead
+            if self._queue and float(self._queue[0][0]) <= now:
+                return False
+            self._clock["_now"] = now
         self.now = now
         return True
 
     def sync(self) -> Iterable[Event]:
         """Let everybody else catch up with this actor's clock."""
-        now = self._env.reach(self.now)
-        if now is None:
-            return self._catch_up()
-        self.now = now
-        return NO_WAIT
+        return NO_WAIT if self.in_step() else self._catch_up()
 
     def _catch_up(self) -> Wait:
-        env = self._env
+        env = self.engine.env
         yield Timeout(env, self.now - env._now)
         self.now = float(env._now)
 
@@ -219,5 +214,5 @@ class Thread:
         """Wait for `event`; time passes on this actor's clock."""
         yield from self.sync()
         value = yield event
-        self.now = float(self._env.now)
+        self.now = float(self.engine.env.now)
         return value

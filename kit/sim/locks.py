@@ -25,10 +25,9 @@ class Lock:
 
     def acquire(self, thread: Thread) -> Iterable[simpy.Event]:
         """Take the lock for `thread`, in order of arrival."""
-        now = thread._env.reach(thread.now)
-        if now is None or self.holder is not None:
+        if not thread.in_step() or self.holder is not None:
             return self._acquire(thread)
-        thread.now, self.holder = now, thread
+        self.holder = thread
         return NO_WAIT
 
     def _acquire(self, thread: Thread) -> Wait:
@@ -44,14 +43,9 @@ class Lock:
         """Give the lock up once everybody has caught up with the holder's clock."""
         if self.holder is not thread:
             raise RuntimeError(f"{thread.name} releases a lock held by {self.holder and self.holder.name}")
-        now = thread._env.reach(thread.now)
-        if now is None:
+        if not thread.in_step():
             return self._release(thread)
-        thread.now = now
-        if self._waiting:
-            self._give_up()
-        else:
-            self.holder = None
+        self._give_up()
         return NO_WAIT
 
     def _release(self, thread: Thread) -> Wait:
@@ -81,10 +75,8 @@ class RwLock:
 
     def read_acquire(self, thread: Thread) -> Iterable[simpy.Event]:
         """Share the lock with other readers, in order of arrival."""
-        now = thread._env.reach(thread.now)
-        if now is None or self.writer is not None or self._waiting:
+        if not thread.in_step() or self.writer is not None or self._waiting:
             return self._acquire(thread, False)
-        thread.now = now
         self.readers += 1
         return NO_WAIT
 
@@ -106,13 +98,9 @@ class RwLock:
         """Give up a reader's share."""
         if not self.readers:
             raise RuntimeError(f"{thread.name} releases a lock that nobody reads under")
-        now = thread._env.reach(thread.now)
-        if now is None:
+        if not thread.in_step():
             return self._late_release(thread, False)
-        thread.now = now
-        self.readers -= 1
-        if self._waiting:
-            self._hand_over()
+        self._give_up(False)
         return NO_WAIT
 
     def write_release(self, thread: Thread) -> Iterable[simpy.Event]:

@@ -11,21 +11,20 @@ from functools import cache, wraps
 from inspect import Parameter, signature
 from typing import Any, TypeVar, cast
 
-__all__ = ["CLOSE", "OPEN", "step", "waiting_step"]
+__all__ = ["step", "waiting_step"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Written before a step's body and after it; `key` is what gives the span its key.
-OPEN = "_span_log = {thread}.log; {thread}.at = _span = _span_log.add({thread}.now, {thread}.now, {key}, {thread}.at)"
-CLOSE = "{thread}.at = _span_log.close(_span, {thread}.now)"
-_RECORDED = f"""
+# What `Thread.enter` and `Thread.leave` do, without calling them.
+_RECORDED = """
 def make(_span_function, _span_name):
-    def recorded({{parameters}}):
-        {OPEN}
+    def recorded({parameters}):
+        _span_log = {thread}.log
+        {thread}.at = _span = _span_log.add({thread}.now, {thread}.now, {thread}.keys[_span_name], {thread}.at)
         try:
-            return {{call}}
+            return {call}
         finally:
-            {CLOSE}
+            {thread}.at = _span_log.close(_span, {thread}.now)
     return recorded
 """
 _MARKS: dict[Any, str] = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
@@ -71,7 +70,7 @@ def _maker(thread: str, parameters: str, arguments: str, waits: bool) -> Callabl
     call = f"(yield from _span_function({arguments}))" if waits else f"_span_function({arguments})"
     names: dict[str, Any] = {}
     exec(
-        _RECORDED.format(thread=thread, key=f"{thread}.keys[_span_name]", parameters=parameters, call=call),
+        _RECORDED.format(thread=thread, parameters=parameters, call=call),
         {"__name__": __name__},
         names,
     )

@@ -82,10 +82,10 @@ def recorded_functions(tree: ast.Module) -> dict[int, ast.FunctionDef]:
 def test_every_statement_stays_in_its_line(file: Path) -> None:
     source = file.read_text("utf-8")
     tree, inlined = ast.parse(source), ast.parse(inline_steps(source, {}))
-    bodies = {n.body[3].end_lineno: n for n in ast.walk(inlined) if isinstance(n, ast.FunctionDef) and len(n.body) == 4}
+    bodies = {n.body[2].end_lineno: n for n in ast.walk(inlined) if isinstance(n, ast.FunctionDef) and len(n.body) == 3}
     for end, function in recorded_functions(tree).items():
         written = bodies[end + 1]  # ``finally`` takes the blank line that follows
-        block = written.body[3]
+        block = written.body[2]
         assert isinstance(block, ast.Try)
         assert ast.get_docstring(written) == ast.get_docstring(function)
         kept = function.body[1:]
@@ -118,13 +118,42 @@ def f(block, mask, kept):
         block[at] &= kept | at  # a comment
     mask |= block[0] if kept else block[1]; mask ^= 1
     block[min(0, 1)] &= 5
-    mask += 1
+    mask = mask & ~kept & ~(block[1] & ~kept) if kept & ~block[0] else mask  # two in one
+    block[0] &= ~mask
+    block[1] = block[1] & ~(
+        mask
+    ) & ~(1 << 2)
     return mask
 """
 
 
+class Mask(int):
+    """A page mask, which can do what the compiled one can."""
+
+    def andnot(self, other: int) -> Mask:
+        return Mask(int(self) & ~int(other))
+
+    def __and__(self, other: int) -> Mask:
+        return Mask(int(self) & int(other))
+
+    def __or__(self, other: int) -> Mask:
+        return Mask(int(self) | int(other))
+
+    def __xor__(self, other: int) -> Mask:
+        return Mask(int(self) ^ int(other))
+
+
 class _Plain(ast.NodeTransformer):
     """What `plain_masks` does to a text, done to its tree."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        right = node.right
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.BitAnd) or not isinstance(right, ast.UnaryOp) or node.lineno != node.end_lineno:
+            return node
+        if not isinstance(right.op, ast.Invert) or ast.unparse(right).startswith("~(1 <<"):
+            return node
+        return ast.parse(f"({ast.unparse(node.left)}).andnot({ast.unparse(right.operand)})", mode="eval").body
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         asks = any(isinstance(each, ast.Call) for each in ast.walk(node.target))
@@ -132,7 +161,7 @@ class _Plain(ast.NodeTransformer):
             return node
         target, value = ast.unparse(node.target), ast.unparse(node.value)
         sign = {ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^"}[type(node.op)]
-        return ast.parse(f"{target} = {target} {sign} ({value})").body[0]
+        return self.visit(ast.parse(f"{target} = {target} {sign} ({value})").body[0])
 
 
 @pytest.mark.parametrize("source", [MASKS, *(file.read_text("utf-8") for file in FILES)])
@@ -147,10 +176,15 @@ def test_masks_are_combined_plainly_and_nothing_else_changes(source: str) -> Non
 def test_plain_masks_mean_the_same() -> None:
     assert "block[at] = block[at] & (kept | at)  # a comment" in plain_masks(MASKS)
     assert "block[min(0, 1)] &= 5" in plain_masks(MASKS)
+    assert (
+        "mask = mask.andnot(kept).andnot(block[1].andnot(kept)) if kept.andnot(block[0]) else mask  # two in one"
+        in plain_masks(MASKS)
+    )
+    assert "block[0] = block[0].andnot(mask)" in plain_masks(MASKS) and "~(1 << 2)" in plain_masks(MASKS)
     found = []
     for source in (MASKS, plain_masks(MASKS)):
         space: dict[str, Any] = {}
         exec(source, space)
-        block = [7, 12]
-        found.append((space["f"](block, 2, 6), block))
+        block = [Mask(7), Mask(12)]
+        found.append([(space["f"](block, Mask(2), Mask(kept)), list(block)) for kept in (0, 6, 8, 15)])
     assert found[0] == found[1]
