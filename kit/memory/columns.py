@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["add", "copy", "count", "fill", "ramp", "ramp_where"]
+__all__ = ["add", "copy", "count", "fill", "marked", "ramp", "ramp_where"]
 
 Column = NDArray[Any]
 
@@ -38,6 +38,12 @@ def fill(column: Column, first: int, stop: int, value: int) -> None:
     column[_rows(column, first, stop)] = value
 
 
+def marked(marks: bytearray, first: int, stop: int) -> bool:
+    """Whether one of bytes [first, stop) is 1."""
+    rows = _rows(marks, first, stop)
+    return marks.find(1, rows.start, rows.stop) >= 0
+
+
 def ramp(column: Column, first: int, stop: int, value: int) -> None:
     """Set row `first` to `value`, the next one to one more, and so on up to row `stop`."""
     rows = column[_rows(column, first, stop)]
@@ -50,7 +56,7 @@ def ramp_where(column: Column, first: int, stop: int, value: int, marks: NDArray
     column[_rows(column, first, stop)][marked] = (marked + value).reshape(-1, *(1,) * (column.ndim - 1))
 
 
-def _rows(column: Column, first: int, stop: int) -> slice:
+def _rows(column: Column | bytearray, first: int, stop: int) -> slice:
     if not 0 <= first <= stop <= len(column):
         raise IndexError(f"rows {first} to {stop} of a column of {len(column)}")
     return slice(first, stop)

@@ -9,6 +9,14 @@
 #include <numpy/arrayobject.h>
 #include <string.h>
 
+static int there(Py_ssize_t first, Py_ssize_t stop, Py_ssize_t rows)
+{
+    if (first >= 0 && first <= stop && stop <= rows)
+        return 1;
+    PyErr_Format(PyExc_IndexError, "rows %zd to %zd of a column of %zd", first, stop, rows);
+    return 0;
+}
+
 /* Return the array and the bytes of a row, or NULL with an error set: rows [first, stop) must exist. */
 static PyArrayObject *column(PyObject *given, Py_ssize_t first, Py_ssize_t stop, int written, Py_ssize_t *row)
 {
@@ -21,11 +29,8 @@ static PyArrayObject *column(PyObject *given, Py_ssize_t first, Py_ssize_t stop,
         PyErr_SetString(PyExc_ValueError, "a column has no gaps, and may be written where it is");
         return NULL;
     }
-    Py_ssize_t rows = PyArray_DIM(array, 0);
-    if (first < 0 || stop < first || stop > rows) {
-        PyErr_Format(PyExc_IndexError, "rows %zd to %zd of a column of %zd", first, stop, rows);
+    if (!there(first, stop, PyArray_DIM(array, 0)))
         return NULL;
-    }
     *row = PyArray_ITEMSIZE(array);
     for (int axis = 1; axis < PyArray_NDIM(array); axis++)
         *row *= PyArray_DIM(array, axis);
@@ -145,11 +150,26 @@ static PyObject *copy(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
+static PyObject *marked(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t n[2];
+    if (!asked(nargs, 3) || !numbers(args + 1, 2, n))
+        return NULL;
+    if (!PyByteArray_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "marks are a bytearray");
+        return NULL;
+    }
+    if (!there(n[0], n[1], PyByteArray_GET_SIZE(args[0])))
+        return NULL;
+    return PyBool_FromLong(memchr(PyByteArray_AS_STRING(args[0]) + n[0], 1, n[1] - n[0]) != NULL);
+}
+
 static PyMethodDef methods[] = {
     {"add", (PyCFunction)(void (*)(void))add, METH_FASTCALL, "See kit/memory/columns.py."},
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL, "See kit/memory/columns.py."},
     {"count", (PyCFunction)(void (*)(void))count, METH_FASTCALL, "See kit/memory/columns.py."},
     {"fill", (PyCFunction)(void (*)(void))fill, METH_FASTCALL, "See kit/memory/columns.py."},
+    {"marked", (PyCFunction)(void (*)(void))marked, METH_FASTCALL, "See kit/memory/columns.py."},
     {"ramp", (PyCFunction)(void (*)(void))ramp, METH_FASTCALL, "See kit/memory/columns.py."},
     {"ramp_where", (PyCFunction)(void (*)(void))ramp_where, METH_FASTCALL, "See kit/memory/columns.py."},
     {NULL, NULL, 0, NULL},
@@ -163,7 +183,7 @@ PyMODINIT_FUNC PyInit_columns(void)
     PyObject *made = PyModule_Create(&module);
     if (made == NULL)
         return NULL;
-    PyObject *names = Py_BuildValue("[ssssss]", "add", "copy", "count", "fill", "ramp", "ramp_where");
+    PyObject *names = Py_BuildValue("[sssssss]", "add", "copy", "count", "fill", "marked", "ramp", "ramp_where");
     if (names == NULL || PyModule_AddObject(made, "__all__", names) < 0) {
         Py_XDECREF(names);
         Py_DECREF(made);

@@ -60,6 +60,13 @@ def test_only_marked_rows_are_counted_up(
 
 
 @both
+@given(marks=st.binary(max_size=ROWS).map(lambda drawn: bytearray(byte & 1 for byte in drawn)), ends=STRETCH)
+def test_a_mark_is_found(form: ModuleType, marks: bytearray, ends: tuple[int, int]) -> None:
+    first, stop = (min(end, len(marks)) for end in ends)
+    assert form.marked(marks, first, stop) is (1 in marks[first:stop])
+
+
+@both
 @given(kind=KINDS, words=st.integers(1, 3), ends=STRETCH, to=st.integers(0, ROWS))
 def test_rows_are_copied_whole(form: ModuleType, kind: Any, words: int, ends: tuple[int, int], to: int) -> None:
     first, stop = ends
@@ -92,6 +99,7 @@ def test_rows_that_do_not_exist_are_an_error_and_nothing_is_done(form: ModuleTyp
         lambda: form.count(column, first, stop, 1),
         lambda: form.copy(column, 0, column, first, stop),
         lambda: form.ramp_where(column, first, stop, 1, marks, 0),
+        lambda: form.marked(bytearray(ROWS), first, stop),
         lambda: form.ramp_where(column, 0, 5, 1, marks, ROWS - 4),
         lambda: form.copy(column, ROWS - 4, column, 0, 5),
     ):
@@ -113,6 +121,8 @@ def test_what_is_no_column_is_refused_in_c() -> None:
     for wrong in (np.zeros(ROWS, np.int16), np.zeros(ROWS), [0, 1, 2]):
         with pytest.raises(TypeError, match="a column"):
             form.fill(wrong, 0, 2, 1)
+    with pytest.raises(TypeError, match="marks are a bytearray"):
+        form.marked(column, 0, 2)
     with pytest.raises(TypeError, match="4 arguments"):
         form.fill(column, 0, 2)
     with pytest.raises(TypeError, match="same type"):

@@ -102,9 +102,9 @@ class Driver:
         thread.charge(10.0)
         yield from thread.sync()
         count = min(self.around, self.vma.pages - at)
-        held = slice(self.base + at, self.base + at + count)
+        held = self.base + at
         zap_run(self.vma, self.slot + at, count, held)
-        insert_run(self.vma, self.slot + at, count, held, write)
+        insert_run(self.vma, self.slot + at, count, slice(held, held + count), write)
         return VM_FAULT_NOPAGE
 
     page_mkwrite = fault

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ class FaultBatch:
         """Keep these rows, in this order."""
         for name in ("page", "access", "instances", "utlb", "fatal_type"):
             column = getattr(self, name)
-            setattr(self, name, list(map(column.__getitem__, rows)))
+            setattr(self, name, list(itemgetter(*rows)(column)) if len(rows) > 1 else [column[row] for row in rows])
 
 
 @step
@@ -132,9 +133,19 @@ def preprocess_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
     """Sort by address, strongest access first; one channel, so one instance pointer (uvm_gpu_replayable_faults.c)."""
     count = len(batch.page)
     thread.charge(count * gpu.costs.preprocess_entry)
-    if count > 1 and batch.ascending is None and batch.page != sorted(set(batch.page)):
+    if batch.ascending is None and not _in_order(batch.page):
         rank = [(page << 3) - access for page, access in zip(batch.page, batch.access, strict=True)]
         batch.pick(sorted(range(count), key=rank.__getitem__))
+
+
+def _in_order(pages: Sequence[int]) -> bool:
+    """Whether each page is above the one before."""
+    before = -1
+    for page in pages:
+        if page <= before:
+            return False
+        before = page
+    return True
 
 
 def flush(buffer: FaultBuffer, now: float, update_put: bool) -> int:

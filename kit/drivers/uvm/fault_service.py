@@ -186,10 +186,11 @@ def check_fault_access_permissions(
 
     Like `strongest`, a dict of access types and the pages that they are about.
     """
-    if block.range.vma.writable:
-        return strongest
     fatal = EMPTY
     for access, pages in strongest.items():
-        fatal |= pages if access > READ else EMPTY
+        if access > READ:
+            fatal |= pages
+    if not fatal or block.range.vma.writable:
+        return strongest
     batch.fatal.update(dict.fromkeys((block.first + pages_of(fatal)).tolist(), "InvalidPermissions"))
     return {access: pages for access, pages in strongest.items() if access <= READ}

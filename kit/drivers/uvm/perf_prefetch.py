@@ -43,7 +43,7 @@ def uvm_perf_prefetch_prenotify_fault_migrations(
         hint = _compute_prefetch_mask(
             block.resident[dest], faulted, thrashing, block.pages, lead, module.prefetch_threshold
         )
-    hint &= ~faulted & ~thrashing
+    hint = hint & ~faulted & ~thrashing
     if dest == CPU:
         hint &= ~(block.resident[CPU] & block.mapped(CPU))
     block.fault_migrations_to_last_proc += faulted.bit_count()
@@ -85,10 +85,13 @@ def _highest_node(tree: PageMask, leaf: int, leaves: int, threshold: int) -> tup
     driver's climb, a larger ancestor may pass: so the search may as well start at the root, at the first node
     that all the pages there are could fill.
     """
-    enough = tree.bit_count() * 100
-    for level in range((leaves - 1).bit_length(), 0, -1):
-        first = leaf >> level << level
-        size = min(1 << level, leaves - first)
+    enough, level = tree.bit_count() * 100, 1
+    while level < leaves:
+        level += level
+    while level > 1:  # leaves of a node that is not cut off
+        first = leaf & -level
+        size = min(level, leaves - first)
         if enough > threshold * size and region_weight(tree, first, size) * 100 > threshold * size:
             return first, first + size
+        level >>= 1
     return leaf, leaf + 1

@@ -10,7 +10,7 @@ import numpy as np
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, FEW_RUNS, GPU, PAGE_SHIFT, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
-from kit.memory.columns import copy
+from kit.memory.columns import copy, marked
 from kit.memory.table.pagemask import PageMask, bools, cut_runs, first_page, from_pages, holds, run_count, runs
 from kit.sim.engine import Thread
 from kit.sim.trace import step
@@ -131,7 +131,7 @@ def block_settle(block: VaBlock, processor: int, mask: PageMask) -> None:
         for first, count in runs(mask):
             content.settle_run(slot + first, slot + first + count, pool, base + first)
         return
-    if content.marks.find(1, slot + first_page(mask), slot + mask.bit_length()) < 0:
+    if not marked(content.marks, slot + first_page(mask), slot + mask.bit_length()):
         return
     pages = (content.dirty[slot : slot + block.pages] & bools(mask, block.pages)).nonzero()[0]
     if len(pages):

@@ -40,10 +40,13 @@ def uvm_va_block_unmap(block: VaBlock, thread: Thread, processor: int, mask: Pag
     if not mask:
         return
     thread.note(block.va, mask.bit_count())
-    (block_unmap_cpu if processor == CPU else block_unmap_gpu)(block, thread, mask)
-    rights, kept = block.pte[processor], ~mask
+    if processor == CPU:
+        block_unmap_cpu(block, thread, mask)
+    else:
+        block_unmap_gpu(block, thread, mask)
+    rights = block.pte[processor]
     for prot in (READ_ONLY, READ_WRITE, READ_WRITE_ATOMIC):
-        rights[prot] &= kept
+        rights[prot] &= ~mask
 
 
 @step
@@ -54,7 +57,7 @@ def block_unmap_cpu(block: VaBlock, thread: Thread, mask: PageMask) -> None:
     vma, slot, base = block.range.vma, block.slot[CPU], block.base(CPU)
     for first, count in runs(mask):
         thread.charge(costs.unmap_cpu_run + count * costs.unmap_cpu_page)
-        zap_run(vma, slot + first, count, slice(base + first, base + first + count) if base >= 0 else None)
+        zap_run(vma, slot + first, count, base + first if base >= 0 else -1)
 
 
 @step
@@ -73,7 +76,10 @@ def uvm_va_block_map(
     if processor == CPU and prot == READ_WRITE:
         prot = READ_WRITE_ATOMIC  # a CPU entry that may be written allows its atomics too
     rights, resident = block.pte[processor], block.resident
-    mask &= ~rights[prot] & (resident[CPU] if processor == CPU else resident[CPU] | resident[GPU])
+    reachable = resident[CPU]
+    if processor == GPU:
+        reachable |= resident[GPU]
+    mask &= reachable & ~rights[prot]
     if not mask:
         return
     thread.note(block.va, mask.bit_count())

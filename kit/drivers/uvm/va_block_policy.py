@@ -14,8 +14,8 @@ __all__ = ["ServiceContext", "pinned_mask", "uvm_va_block_select_residency"]
 class ServiceContext:
     """uvm_service_block_context_t: one service operation, kept over its retries.
 
-    ``wanted[prot]`` are the faulting pages whose access needs that right; ``new_residency[dest]``
-    where pages go; ``pinned`` pages that thrashing pinned (page to residency). Of a batch's faults:
+    ``wanted[prot]`` are the faulting pages whose access needs that right; ``new_residency[dest]`` those
+    that go there; ``pinned`` pages that thrashing pinned (page to residency). Of a batch's faults:
     ``strongest`` the pages by access type, ``distinct`` their number, ``instances`` that of the faults.
     A throttled CPU fault tries again at ``wakeup_time_stamp``.
     """
@@ -27,7 +27,7 @@ class ServiceContext:
     distinct: int
     instances: int
     wanted: list[PageMask]
-    new_residency: dict[int, PageMask]
+    new_residency: list[PageMask]
     pinned: dict[int, int]
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class ServiceContext:
         """Start the operation, or start it again, keeping what the retry holds."""
         self.faulted = self.read_duplicate = self.prefetched = EMPTY
         self.wanted = [EMPTY] * COUNT_PROT
-        self.new_residency, self.pinned = {}, {}
+        self.new_residency, self.pinned = [EMPTY, EMPTY], {}
 
 
 @step
@@ -92,11 +92,9 @@ def block_select_processor_residency(block: VaBlock, thread: Thread, context: Se
         chosen[preferred] |= todo & elsewhere
         todo &= ~elsewhere
     chosen[processor] |= todo
-    for destination in (CPU, GPU):
-        if chosen[destination]:
-            context.new_residency[destination] = chosen[destination]
+    context.new_residency = chosen
 
 
 def pinned_mask(context: ServiceContext) -> PageMask:
     """Return the mask of pages that thrashing pinned."""
-    return from_pages(list(context.pinned))
+    return from_pages(list(context.pinned)) if context.pinned else EMPTY

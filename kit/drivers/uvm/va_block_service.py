@@ -28,7 +28,9 @@ def uvm_va_block_service_locked(block: VaBlock, thread: Thread, context: Service
     """Prefetch, then copy and finish for each destination, the CPU first; returns NV_STATUS (uvm_va_block.c)."""
     thread.note(block.va, context.faulted.bit_count())
     uvm_va_block_get_prefetch_hint(block, thread, context)
-    for destination in list(context.new_residency):  # ascending
+    for destination in (CPU, GPU):
+        if not context.new_residency[destination]:
+            continue
         status: int = yield from uvm_va_block_service_copy(block, thread, context, processor, destination)
         if status != NV_OK:
             return status
@@ -39,9 +41,11 @@ def uvm_va_block_service_locked(block: VaBlock, thread: Thread, context: Service
 @step
 def uvm_va_block_get_prefetch_hint(block: VaBlock, thread: Thread, context: ServiceContext) -> None:
     """Ask the tree, only when exactly one destination is in play (uvm_va_block.c)."""
-    if len(context.new_residency) != 1:
+    to_cpu, to_gpu = context.new_residency
+    if bool(to_cpu) == bool(to_gpu):
         return
-    ((destination, pages),) = context.new_residency.items()
+    destination = GPU if to_gpu else CPU
+    pages = context.new_residency[destination]
     context.prefetched = hint = uvm_perf_prefetch_get_hint_va_block(block, thread, destination, pages)
     context.new_residency[destination] = pages | hint
     if block.range.read_duplicate and not block.range.va_space.module.fault_force_sysmem:

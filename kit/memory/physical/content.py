@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.columns import fill, ramp_where
+from kit.memory.columns import fill, marked, ramp_where
 from kit.memory.physical.frames import Frames
 
 __all__ = ["Content"]
@@ -60,7 +60,7 @@ class Content:
 
     def settle_run(self, first: int, stop: int, frames: Frames, frame: int) -> None:
         """`settle` for those of slots [first, stop) that were written; the pages have consecutive frames."""
-        if self.marks.find(1, first, stop) < 0:
+        if not marked(self.marks, first, stop):
             return
         if frames.words > 1:
             pages = self.dirty[first:stop].nonzero()[0]

@@ -67,21 +67,22 @@ def insert_run(vma: Vma, slot: int, count: int, pfns: Frames, write: bool) -> No
     mm.rss["file"] += count
 
 
-def zap_run(vma: Vma, slot: int, count: int, held: slice | None = None) -> None:
+def zap_run(vma: Vma, slot: int, count: int, held: int = -1) -> None:
     """Remove entries made by `insert_run`, as far as they are there (unmap_mapping_range of one area).
 
     Parameters
     ----------
-    held : slice, optional
-        The pages that are mapped where all entries are there, if the driver has not let go of any: that saves time.
+    held : int, optional
+        The first of as many pages in a row that are mapped where all entries are there, if the driver has not let go
+        of any: that saves time.
     """
     mm, stop = vma.mm, slot + count
     table, memory = mm.table, mm.memory
     there = count - columns.count(table.kind, slot, stop, Kind.NONE)
     mm.rss["file"] -= there
-    if held is not None and there == count:
+    if held >= 0 and there == count:
         table.clear_run(slot, stop)
-        columns.add(memory.counts, held.start, held.stop, -_ONE)
+        columns.add(memory.counts, held, held + count, -_ONE)
         return
     pfns = table.frame[slot:stop][table.kind[slot:stop] != Kind.NONE]
     table.clear_run(slot, stop)
