@@ -79,6 +79,9 @@ class PageMask:
             and self.e == other.e and self.f == other.f and self.g == other.g and self.h == other.h
         )  # fmt: skip
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     def __hash__(self) -> int:
         return hash(int(self))
 

@@ -7,8 +7,6 @@ closed form replaces a server process; what can block the pusher, a full GPFIFO,
 
 from __future__ import annotations
 
-from collections import deque
-
 from kit.sim.engine import Thread
 
 __all__ = ["Channel"]
@@ -25,13 +23,14 @@ class Channel:
         GPFIFO entries; one stays free, as in the driver.
     """
 
-    __slots__ = ("_pending", "entries", "free_at", "name", "pushes")
+    __slots__ = ("_ends", "_next", "entries", "free_at", "name", "pushes")
 
     def __init__(self, name: str, entries: int) -> None:
         self.name, self.entries = name, entries
         self.free_at = 0.0
         self.pushes = 0
-        self._pending: deque[float] = deque()
+        self._ends = [0.0] * (entries - 1)  # of the pushes that were last in each entry
+        self._next = 0
 
     def push(self, thread: Thread, duration: float, after: float = 0.0) -> tuple[float, float]:
         """Submit work of `duration` microseconds that waits for time `after`.
@@ -41,17 +40,14 @@ class Channel:
         start, end : float
             When the GPU executes it.
         """
-        pending, start = self._pending, thread.now
-        if len(pending) >= self.entries - 1:
-            while pending and pending[0] <= start:
-                pending.popleft()
-            if len(pending) >= self.entries - 1:
-                start = thread.now = pending.popleft()  # uvm_channel_reserve spins until an entry completes
+        ends, at, start = self._ends, self._next, thread.now
+        self._next = at + 1 if at + 2 < self.entries else 0
+        if ends[at] > start:
+            start = thread.now = ends[at]  # uvm_channel_reserve spins until an entry completes
         if after > start:
             start = after
         if self.free_at > start:
             start = self.free_at
-        self.free_at = end = start + duration
+        self.free_at = ends[at] = end = start + duration
         self.pushes += 1
-        pending.append(end)
         return start, end

@@ -120,7 +120,10 @@ def _take_faults(
         context.distinct = 0
         for pages in context.strongest.values():
             context.distinct += pages.bit_count()
-        context.instances = end - start if batch.ascending is not None else sum(batch.instances[start:end])
+        context.instances = end - start
+        if batch.ascending is None:
+            for at in range(start, end):
+                context.instances += batch.instances[at] - 1
     strongest, distinct = context.strongest, context.distinct
     thread.note(block.va, distinct, value=context.instances)
     thread.charge(distinct * gpu.costs.service_fault)

@@ -58,7 +58,9 @@ def _compute_prefetch_mask(
     # Shift the leaves so that big pages align with tree nodes, unless there is no big page at all.
     aligned = pages - lead >= BIG_PAGES
     offset = BIG_PAGES - lead if lead and aligned else 0
-    grown = units(faulted << offset) & ~units(thrashing << offset) if aligned else EMPTY if thrashing else every
+    grown = units(faulted << offset) if aligned else every
+    if thrashing:
+        grown = grown & ~units(thrashing << offset) if aligned else EMPTY
     tree = (resident | faulted) << offset | grown & every << offset
     leaves = pages + offset
     hint = EMPTY

@@ -109,17 +109,19 @@ def _lay_out(
 def _copy(block: VaBlock, dest: int, mask: PageMask) -> None:
     """Copy the content of the pages of `mask` to `dest`."""
     va_space = block.range.va_space
-    pools = (va_space.host.payload, va_space.gpu.frames.payload)
+    into, source = va_space.gpu.frames.payload, va_space.host.payload
+    if dest == CPU:
+        into, source = source, into
     there, here = block.base(dest), block.base(1 - dest)
     if there < 0 or here < 0:
         moved = bools(mask, block.pages)
-        pools[dest][block.frames[dest][moved]] = pools[1 - dest][block.frames[1 - dest][moved]]
+        into[block.frames[dest][moved]] = source[block.frames[1 - dest][moved]]
     elif run_count(mask) <= FEW_RUNS:
         for first, count in runs(mask):
-            copy(pools[dest], there + first, pools[1 - dest], here + first, here + first + count)
+            copy(into, there + first, source, here + first, here + first + count)
     else:
         pages, moved = block.pages, bools(mask, block.pages)
-        np.copyto(pools[dest][there : there + pages], pools[1 - dest][here : here + pages], where=moved[:, None])
+        np.copyto(into[there : there + pages], source[here : here + pages], where=moved[:, None])
 
 
 def block_settle(block: VaBlock, processor: int, mask: PageMask) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kit.errors import Errno
-from kit.memory import columns
+from kit.memory.columns import add, count
 from kit.memory.types import VM_MIXEDMAP, VM_SHARED, Bit, Kind
 from kit.sim.trace import step
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["insert_run", "vm_insert_pages", "zap_run"]
 
 Frames = slice | NDArray[np.int32]
+_NONE: Final = int(Kind.NONE)
 _OPEN: Final = Bit.YOUNG | Bit.WRITABLE
 _ONE: Final = 0x1_0000_0001  # a reference and a mapping: `PageAllocator.counts`
 
@@ -45,29 +46,29 @@ def vm_insert_pages(vma: Vma, thread: Thread, page: int, pfns: NDArray[np.intege
     return 0
 
 
-def insert_run(vma: Vma, slot: int, count: int, pfns: Frames, write: bool) -> None:
+def insert_run(vma: Vma, slot: int, pages: int, pfns: Frames, write: bool) -> None:
     """`vm_insert_pages` for a driver that has reserved its area's rows and records steps of its own.
 
     Parameters
     ----------
-    slot, count : int
+    slot, pages : int
         The entries, which are empty (`zap_run`).
-    pfns : slice, or ndarray of int32, shape (count,)
+    pfns : slice, or ndarray of int32, shape (pages,)
         Single pages of the driver's, each once.
     write : bool
         Whether they may be written.
     """
-    mm, stop = vma.mm, slot + count
+    mm, stop = vma.mm, slot + pages
     table, memory = mm.table, mm.memory
     if isinstance(pfns, slice):
-        columns.add(memory.counts, pfns.start, pfns.stop, _ONE)
+        add(memory.counts, pfns.start, pfns.stop, _ONE)
     else:
         memory.counts[pfns] += _ONE
     table.set_present(slot, stop, _OPEN if write else Bit.YOUNG, pfns)
-    mm.rss["file"] += count
+    mm.rss["file"] += pages
 
 
-def zap_run(vma: Vma, slot: int, count: int, held: int = -1) -> None:
+def zap_run(vma: Vma, slot: int, pages: int, held: int = -1) -> None:
     """Remove entries made by `insert_run`, as far as they are there (unmap_mapping_range of one area).
 
     Parameters
@@ -76,13 +77,13 @@ def zap_run(vma: Vma, slot: int, count: int, held: int = -1) -> None:
         The first of as many pages in a row that are mapped where all entries are there, if the driver has not let go
         of any: that saves time.
     """
-    mm, stop = vma.mm, slot + count
+    mm, stop = vma.mm, slot + pages
     table, memory = mm.table, mm.memory
-    there = count - columns.count(table.kind, slot, stop, Kind.NONE)
+    there = pages - count(table.kind, slot, stop, _NONE)
     mm.rss["file"] -= there
-    if held >= 0 and there == count:
+    if held >= 0 and there == pages:
         table.clear_run(slot, stop)
-        columns.add(memory.counts, held, held + count, -_ONE)
+        add(memory.counts, held, held + pages, -_ONE)
         return
     pfns = table.frame[slot:stop][table.kind[slot:stop] != Kind.NONE]
     table.clear_run(slot, stop)
