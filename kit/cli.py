@@ -82,7 +82,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     each = command("parameters", "print a flow's parameters as a Markdown table")
     each.add_argument("flow", metavar="FLOW")
     each.add_argument("--json", action="store_true", help="as JSON")
-    each = command("compile", "compile the engine and the CUDA driver: the same results in half the time")
+    each = command("compile", "compile the engine and the CUDA driver: the same results in a third of the time")
     each.add_argument("--if-possible", action="store_true", help="where it cannot be done, say why and go on")
     each.add_argument("--remove", action="store_true", help="delete what was compiled: the sources are run again")
     command("lab", "open JupyterLab on the notebooks; further arguments go to it")

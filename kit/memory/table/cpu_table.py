@@ -13,6 +13,7 @@ __all__ = ["CpuTable"]
 
 _LEAF = HPAGE_PMD_NR
 _SHIFT = HPAGE_PMD_ORDER
+_NONE, _PRESENT, _WRITABLE = int(Kind.NONE), int(Kind.PRESENT), int(Bit.WRITABLE)  # found sooner than the enums' own
 _USED, _WRITTEN = (np.array(bits, dtype=np.uint8) for bits in (Bit.YOUNG, Bit.YOUNG | Bit.DIRTY))
 
 
@@ -59,9 +60,9 @@ class CpuTable(LeafTables):
 
     def set_present(self, first: int, stop: int, bits: int, frames: slice | NDArray[np.int32]) -> None:
         """`set_entries` for present entries of slots [first, stop) that are alike."""
-        fill(self.kind, first, stop, Kind.PRESENT)
+        fill(self.kind, first, stop, _PRESENT)
         fill(self.bits, first, stop, bits)
-        fill(self.rights, first, stop, 1 + (bits & Bit.WRITABLE))
+        fill(self.rights, first, stop, 1 + (bits & _WRITABLE))
         if isinstance(frames, slice):
             ramp(self.frame, first, stop, frames.start)
         else:
@@ -69,7 +70,7 @@ class CpuTable(LeafTables):
 
     def clear_run(self, first: int, stop: int) -> None:
         """`clear` for slots [first, stop)."""
-        fill(self.kind, first, stop, Kind.NONE)
+        fill(self.kind, first, stop, _NONE)
         fill(self.bits, first, stop, 0)
         fill(self.rights, first, stop, 0)
         fill(self.frame, first, stop, -1)
