@@ -35,6 +35,7 @@ class FaultBatch:
     num_duplicates = 0
     num_invalid_prefetch = 0
     num_replays = 0
+    reported = 0  # faults that are in a group that tools have been told of
     has_throttled = False
     tracker = 0.0
     copies_end = 0.0

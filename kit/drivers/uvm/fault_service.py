@@ -30,7 +30,7 @@ from kit.memory.table.pagemask import EMPTY, PageMask, bit, first_page, from_boo
 from kit.sim.engine import Thread, Wait
 from kit.sim.trace import step, waiting_step
 
-__all__ = ["service_fault_batch", "service_fault_batch_dispatch"]
+__all__ = ["report_group", "service_fault_batch", "service_fault_batch_dispatch"]
 
 NEEDED: Final[list[int]] = REQUIRED_PROT.tolist()
 NO_FAULT: Final = np.int8(-1)
@@ -49,6 +49,28 @@ def service_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch, cancel: boo
         at = yield from service_fault_batch_dispatch(gpu, thread, batch, at)
         if gpu.module.fault_replay_policy == BLOCK and not cancel and not batch.fatal:
             push_replay_on_gpu(gpu, thread, batch)
+            report_group(gpu, thread, batch, at)
+
+
+def report_group(gpu: Gpu, thread: Thread, batch: FaultBatch, end: int) -> None:
+    """Emit the faults of one batch id as tools show them: the first page, how often it faulted, until the copies end.
+
+    They are those before `end` that are in no group yet. With the first drivers that had such records they end with
+    the bottom half's work.
+    """
+    start, batch.reported = batch.reported, end
+    if start == end:
+        return
+    page, distinct = batch.page[start], end - start
+    same = bisect_right(batch.page, page, start, end)
+    if batch.ascending is None and distinct > 1:
+        distinct = len(set(batch.page[start:end]))
+    until = (batch.copies_end or max(thread.now, batch.tracker)) if gpu.group_has_copies else thread.now
+    thread.engine.trace.span(
+        "UvmEventTypeGpuFault", "gpu", batch.first_time, until, va=page << PAGE_SHIFT, pages=distinct,
+        cause=ACCESS_NAMES[batch.access[start]], value=sum(batch.instances[start:same]),
+    )  # fmt: skip
+    batch.copies_end = 0.0
 
 
 @waiting_step

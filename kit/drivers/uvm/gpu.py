@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+from numpy.typing import NDArray
 from simpy import Event
 
 from kit.drivers.uvm.channel import Channel
@@ -14,10 +16,10 @@ from kit.drivers.uvm.pmm_gpu import Pmm
 from kit.drivers.uvm.types import BLOCK_PAGES
 from kit.errors import ParameterError
 from kit.memory.physical.frames import Frames
-from kit.memory.table.pagemask import PageMask, run_count
+from kit.memory.table.pagemask import PageMask, bools, run_count
 from kit.memory.table.pagetable import GEOMETRIES, PageTable
 from kit.sim.costs import Costs
-from kit.sim.engine import Engine
+from kit.sim.engine import Engine, Thread
 from kit.sim.locks import Lock
 from kit.sim.machine import Machine
 
@@ -123,6 +125,9 @@ class Gpu:
         self.prefetch_faults_disabled_at = 0.0
         self.seen_fault = False
         self.group_has_copies = bool(machine["group_has_copies"])
+        self.bottom_half: Thread | None = None
+        self.unwatched: Thread | None = None  # whose pushes end before anybody can look at the table (`launch`)
+        self._unwritten: list[tuple[float, int, int, list[PageMask]]] = []  # what pushed entries replace
         self.cancelled: dict[int, str] = {}  # page -> reason
         self.cancelled_all = ""
         self.va_space: VaSpace | None = None
@@ -135,6 +140,26 @@ class Gpu:
         if ranges > 4 or units > self.hal.tlb_ranges_max:
             units = 1
         return units * float(self.costs.tlb_invalidate)
+
+    def written_at(self, time: float, slot: int, pages: int, before: list[PageMask]) -> None:
+        """A block's entries are written at `time`: until then the GPU finds those of before, masks by right."""
+        self._forget_written(self.engine.now)
+        self._unwritten.append((time, slot, pages, before))
+
+    def rights_at(self, now: float) -> NDArray[np.uint8]:
+        """Return the rights that the GPU finds in its table at a time, by slot; not to be written to."""
+        self._forget_written(now)
+        rights = self.table.rights
+        if self._unwritten:
+            rights = rights.copy()
+            for _, slot, pages, before in reversed(self._unwritten):
+                rights[slot : slot + pages] = sum(bools(mask, pages).view(np.uint8) for mask in before)
+        return rights
+
+    def _forget_written(self, now: float) -> None:
+        unwritten = self._unwritten
+        while unwritten and unwritten[0][0] <= now:  # pushes end in the order in which they were made
+            unwritten.pop(0)
 
     def wake_stalled(self) -> None:
         """Let every stalled access try again: what a replay does."""

@@ -32,18 +32,20 @@ def uvm_api_unset_preferred_location(va_space: VaSpace, thread: Thread, first: i
 
 @waiting_step
 def preferred_location_set(va_space: VaSpace, thread: Thread, first: int, pages: int, location: int | None) -> Wait:
-    """Range by range (uvm_policy.c)."""
+    """Range by range, then wait for all of it (uvm_policy.c)."""
     thread.charge(va_space.gpu.costs.ioctl)
+    tracker = 0.0
     for va_range in (yield from split_span_as_needed(va_space, thread, first, pages)):
-        yield from uvm_va_range_set_preferred_location(va_range, thread, location)
+        tracker = max(tracker, (yield from uvm_va_range_set_preferred_location(va_range, thread, location)))
+    thread.now = max(thread.now, tracker)
 
 
 @waiting_step
 def uvm_va_range_set_preferred_location(va_range: VaRange, thread: Thread, location: int | None) -> Wait:
-    """Block by block (uvm_va_range.c)."""
-    policy, old = va_range.policy, va_range.policy.preferred_location
+    """Block by block; returns the end of the blocks' work (uvm_va_range.c)."""
+    policy, old, tracker = va_range.policy, va_range.policy.preferred_location, 0.0
     if location == old:
-        return
+        return tracker
     policy.preferred_location = location
     for block in list(va_range.blocks.values()):
         if old is not None and old in policy.accessed_by:
@@ -52,7 +54,9 @@ def uvm_va_range_set_preferred_location(va_range: VaRange, thread: Thread, locat
             continue
         yield from block.lock.acquire(thread)
         uvm_va_block_set_preferred_location_locked(block, thread, location)
+        tracker = max(tracker, block.tracker)
         yield from block.lock.release(thread)
+    return tracker
 
 
 @step

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from typing import Final
 
 from simpy import Event
 
 from kit.drivers.uvm.cancel import cancel_fault_batch, cancel_faults_precise
 from kit.drivers.uvm.fault_batch import FaultBatch, fetch_fault_buffer_entries, preprocess_fault_batch
-from kit.drivers.uvm.fault_service import service_fault_batch
+from kit.drivers.uvm.fault_service import report_group, service_fault_batch
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.replays import (
     BATCH,
@@ -18,10 +17,6 @@ from kit.drivers.uvm.replays import (
     fault_buffer_flush_locked,
     push_replay_on_parent_gpu,
     wait_replay,
-)
-from kit.drivers.uvm.types import (
-    ACCESS_NAMES,
-    PAGE_SHIFT,
 )
 from kit.errors import DriverError
 from kit.sim.engine import Thread, Wait
@@ -35,7 +30,7 @@ DEEP_IDLE: Final = 600.0  # microseconds without work before a CPU is let into C
 def start_bottom_half(gpu: Gpu) -> None:
     """Create the GPU's bottom-half thread; the buffer's interrupt wakes it, one at a time."""
     engine, buffer = gpu.engine, gpu.fault_buffer
-    thread = engine.thread("UVM GPU0 BH")
+    thread = gpu.bottom_half = engine.thread("UVM GPU0 BH")
     pending = [engine.env.event()]
 
     def top_half() -> None:
@@ -87,7 +82,7 @@ def uvm_parent_gpu_service_replayable_faults(gpu: Gpu, thread: Thread) -> Wait:
             yield from service_fault_batch(gpu, thread, batch)
         except DriverError as error:
             enough = _is_memory_left(error)
-        report_group(gpu, thread, batch)
+        report_group(gpu, thread, batch, len(batch.page))
         replays += batch.num_replays
         enable_disable_prefetch_faults(gpu, thread, batch)
         if not enough:
@@ -120,22 +115,6 @@ def _is_memory_left(error: DriverError) -> bool:
     if error.status != "NV_ERR_NO_MEMORY":
         raise error
     return False
-
-
-def report_group(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
-    """Emit the batch as tools show it: the first faulting page, how often it faulted, until the copies end.
-
-    With the first drivers that had such records they end with the bottom half's work.
-    """
-    page, distinct = batch.page[0], len(batch.page)
-    same = bisect_right(batch.page, page)
-    if batch.ascending is None and distinct > 1:
-        distinct = len(set(batch.page))
-    end = (batch.copies_end or max(thread.now, batch.tracker)) if gpu.group_has_copies else thread.now
-    thread.engine.trace.span(
-        "UvmEventTypeGpuFault", "gpu", batch.first_time, end, va=page << PAGE_SHIFT, pages=distinct,
-        cause=ACCESS_NAMES[batch.access[0]], value=sum(batch.instances[:same]),
-    )  # fmt: skip
 
 
 @step

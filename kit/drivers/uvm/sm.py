@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kit.drivers.uvm.fault_buffer import Column
 from kit.drivers.uvm.gpu import Gpu
+from kit.drivers.uvm.replays import BATCH_FLUSH, ONCE
 from kit.drivers.uvm.types import PAGE_SHIFT, PREFETCH, VaSpace
 from kit.drivers.uvm.watchdog import Watchdog
 from kit.memory.physical.content import Content
@@ -81,7 +82,7 @@ class Kernel(Protocol):
         Parameters
         ----------
         rights : ndarray of uint8
-            The GPU page table's rights by slot.
+            What the GPU finds in its page table, by slot (`Gpu.rights_at`).
         horizon : float
             Microseconds to run at most while it is not stalled.
         retry : bool
@@ -117,7 +118,7 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
         running = not stalled or (retry and kernel.lanes == 1)
         quiet = alone and running and gpu.fault_buffer.get == gpu.fault_buffer.put
         horizon = FOREVER if quiet else HORIZON
-        spent, misses = kernel.advance(gpu.table.rights, va_space.content, horizon, retry)
+        spent, misses = kernel.advance(gpu.rights_at(engine.now), va_space.content, horizon, retry)
         if misses is not None:
             if not gpu.hal.replayable_faults and (killed := _mmu_fault(misses)):
                 yield from engine.pause(spent + gpu.costs.interrupt)
@@ -131,7 +132,10 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
         elif not kernel.done:
             stall = engine.now + spent
             if replays == gpu.replays:
+                if gpu.module.fault_replay_policy in (BATCH_FLUSH, ONCE):
+                    gpu.unwatched = gpu.bottom_half  # its replay comes behind all that it pushes
                 yield gpu.replay_event
+                gpu.unwatched = None
             if engine.now < stall:
                 yield engine.env.at(stall)
             else:

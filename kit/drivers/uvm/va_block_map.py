@@ -13,7 +13,7 @@ from kit.drivers.uvm.types import (
     VaBlock,
     VaSpace,
 )
-from kit.drivers.uvm.va_block_ptes import downgrade_membar, push_ptes, write_ptes
+from kit.drivers.uvm.va_block_ptes import downgrade_membar, push_ptes
 from kit.memory.space.vm_insert import insert_run, zap_run
 from kit.memory.table.pagemask import EMPTY, PageMask, runs
 from kit.sim.engine import Thread
@@ -64,8 +64,7 @@ def block_unmap_cpu(block: VaBlock, thread: Thread, mask: PageMask) -> None:
 def block_unmap_gpu(block: VaBlock, thread: Thread, mask: PageMask) -> None:
     """Clear GPU entries, invalidate the TLB, membar; the next push on the block waits for it (uvm_va_block.c)."""
     gpu = block.range.va_space.gpu
-    written = write_ptes(block, gpu, mask, 0)
-    push_ptes(block, thread, gpu, written, mask, downgrade_membar(block, gpu, mask))
+    push_ptes(block, thread, gpu, mask, 0, GPU, mask, downgrade_membar(block, gpu, mask))
 
 
 @step
@@ -118,8 +117,7 @@ def block_map_gpu_to(block: VaBlock, thread: Thread, location: int, mask: PageMa
     va_space = block.range.va_space
     gpu = va_space.gpu
     upgraded = mask & block.pte[GPU][READ_ONLY]
-    written = write_ptes(block, gpu, mask, prot, location)
-    push_ptes(block, thread, gpu, written, upgraded, 0.0)
+    push_ptes(block, thread, gpu, mask, prot, location, upgraded, 0.0)
     if location != GPU:
         for first, count in runs(mask):
             thread.engine.trace.span(
@@ -170,7 +168,7 @@ def block_revoke_prot_gpu_to(block: VaBlock, thread: Thread, mask: PageMask, pro
     gpu = block.range.va_space.gpu
     location = GPU if mask & block.resident[GPU] else CPU
     membar = downgrade_membar(block, gpu, mask)
-    push_ptes(block, thread, gpu, write_ptes(block, gpu, mask, prot - 1, location), mask, membar)
+    push_ptes(block, thread, gpu, mask, prot - 1, location, mask, membar)
     block_revoke_prot_gpu_perf_notify(block, thread, mask)
 
 

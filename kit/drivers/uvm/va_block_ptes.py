@@ -10,13 +10,14 @@ from kit.drivers.uvm.types import (
     BLOCK_PAGES,
     FEW_RUNS,
     GPU,
+    READ_ONLY,
     VaBlock,
 )
 from kit.memory.columns import copy, fill
 from kit.memory.table.pagemask import EMPTY, PageMask, bools, run_count, runs, whole_units
 from kit.sim.engine import Thread
 
-__all__ = ["downgrade_membar", "push_ptes", "write_ptes"]
+__all__ = ["downgrade_membar", "push_ptes"]
 
 
 def downgrade_membar(block: VaBlock, gpu: Gpu, mask: PageMask) -> float:
@@ -26,7 +27,25 @@ def downgrade_membar(block: VaBlock, gpu: Gpu, mask: PageMask) -> float:
     return float(wide + gpu.hal.extra_hshub_membars * gpu.costs.membar_gpu)
 
 
-def write_ptes(block: VaBlock, gpu: Gpu, mask: PageMask, prot: int, location: int = GPU) -> int:
+def push_ptes(
+    block: VaBlock, thread: Thread, gpu: Gpu, mask: PageMask, prot: int, location: int, invalidated: PageMask,
+    membar: float,
+) -> None:  # fmt: skip
+    """One MEMOPS push: entries, then the TLB invalidate that a downgrade or a change needs.
+
+    The masks of what is mapped are the caller's, who changes them afterwards.
+    """
+    costs = gpu.costs
+    duration = _write_ptes(block, gpu, mask, prot, location) * costs.pte_write
+    if invalidated:
+        duration += gpu.tlb_invalidate(invalidated) + membar
+    thread.charge(costs.push)
+    _, block.tracker = gpu.memops.push(thread, duration, after=block.tracker)
+    if thread is not gpu.unwatched:
+        gpu.written_at(block.tracker, block.slot[GPU], block.pages, block.pte[GPU][READ_ONLY:])
+
+
+def _write_ptes(block: VaBlock, gpu: Gpu, mask: PageMask, prot: int, location: int) -> int:
     """Update the GPU's table and return how many entries of which size had to be written."""
     table, slot = gpu.table, block.slot[GPU]
     if run_count(mask) <= FEW_RUNS:
@@ -71,13 +90,3 @@ def _single_chunk(block: VaBlock, location: int) -> bool:
         return block.pages == BLOCK_PAGES
     found = block.cpu_chunks.get(0)
     return found is not None and found[2] == BLOCK_PAGES
-
-
-def push_ptes(block: VaBlock, thread: Thread, gpu: Gpu, writes: int, invalidated: PageMask, membar: float) -> None:
-    """One MEMOPS push: entries, then the TLB invalidate that a downgrade or a change needs."""
-    costs = gpu.costs
-    duration = writes * costs.pte_write
-    if invalidated:
-        duration += gpu.tlb_invalidate(invalidated) + membar
-    thread.charge(costs.push)
-    _, block.tracker = gpu.memops.push(thread, duration, after=block.tracker)

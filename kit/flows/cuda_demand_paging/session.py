@@ -192,6 +192,9 @@ class CudaSession(Session):
 
     def _read_back(self) -> Wait:
         yield from self._touch(self.program.read_back(self.allocations))
+        # The process ends, and with it what the bottom half has begun.
+        yield from self.gpu.service_lock.acquire(self.cpu)
+        yield from self.gpu.service_lock.release(self.cpu)
 
     # -- the result --------------------------------------------------------------------------------------------------
 
