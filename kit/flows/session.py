@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
-from kit.errors import ParameterError
+from kit.errors import KitError, ParameterError
 from kit.flows.documented import Conformance, Documented
 from kit.flows.parameters import Parameters
 from kit.flows.registry import Progress
@@ -203,5 +203,14 @@ class StagedFlow(Generic[P, S]):
         return self.session(parameters, scenario)
 
     def run(self, parameters: P, scenario: str = "", progress: Progress | None = None) -> Run:
-        """Run every stage."""
-        return self.open(parameters, scenario).finish(progress)
+        """Run every stage.
+
+        Raises
+        ------
+        KitError
+            ENOMEM: this host has not the memory that the parameters ask for.
+        """
+        try:
+            return self.open(parameters, scenario).finish(progress)
+        except MemoryError as wrong:
+            raise KitError(f"ENOMEM: this host has not the memory for a run of that size ({wrong})") from wrong

@@ -18,7 +18,18 @@ CASES: list[tuple[dict[str, Any], str, bool]] = [
     ({"program": "stream", "pattern": "random"}, "The list of accesses is drawn from the seed", False),
     ({"program": "stream"}, "which touches write is drawn from the seed", True),
     ({"program": "stream", "lanes": 64}, "64 misses outstanding", True),
-    ({"program": "stream", "lanes": 1}, "One access at a time", True),
+    ({"program": "stream", "lanes": 1, "write_fraction": 0.0}, "One access at a time, in the order that", True),
+    (
+        {"program": "stream", "lanes": 1},
+        "One access at a time, in the order of a list. The pages come in a fixed",
+        True,
+    ),
+    (
+        {"program": "stream", "lanes": 1, "pattern": "random", "touches": 20, "buffer_bytes": 1 << 20},
+        "drawn from",
+        False,
+    ),
+    ({"program": "three_lines"}, "The list of accesses is fixed", True),
     ({"program": "stream", "lanes": 1, "cpu_touches": 50}, "The CPU touches the same pages meanwhile", True),
     ({"n": 4096, "jitter": 0.1}, "times are those of this seed", True),
 ]

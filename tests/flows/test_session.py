@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 import kit
-from kit.errors import ParameterError
+from kit.errors import KitError, ParameterError
 from kit.flows import registry
 from kit.flows.documented import Conformance
+from kit.flows.parameters import Parameters
 from kit.flows.registry import entry
 from kit.flows.run import Integrity
-from kit.flows.session import Session
+from kit.flows.session import Session, StagedFlow
 from kit.sim.engine import Thread
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -98,3 +99,12 @@ def test_threads_of_the_programs_catch_up_before_each_stage() -> None:
     session.cpu = session.engine.thread("cpu")
     session.stage("first").stage("second")
     assert session.seen == 5.0 and session.stages == [("first", 0.0, 5.0), ("second", 5.0, 6.0)]
+
+
+def test_want_of_memory_is_an_error_in_one_line() -> None:
+    def open_session(parameters: Parameters, scenario: str) -> Any:
+        raise MemoryError("Unable to allocate 64.0 GiB")
+
+    flow = StagedFlow("a large one", entry("hmm_mirror").load().Parameters, open_session, ("only",))
+    with pytest.raises(KitError, match=r"ENOMEM: this host has not the memory .* 64\.0 GiB"):
+        flow.run(flow.Parameters.check({}))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gzip
 import random
+import struct
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -292,3 +294,21 @@ def test_cut_gzip_and_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(traces, "CHUNK", 64)
     with pytest.raises(TraceFileError, match="no line ends"):
         read_trace(saved(tmp_path, "x" * 1000))
+
+
+HEAD = b"\x93NUMPY\x01\x00"
+LONG = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000000,), }\n"
+
+
+@pytest.mark.parametrize(
+    "member",
+    [b"hello", HEAD + struct.pack("<H", 20) + b"{'descr': ((((((((((", HEAD + struct.pack("<H", len(LONG)) + LONG],
+    ids=["no array", "a head that is not Python", "more rows than there is memory"],
+)
+def test_an_npz_whose_members_are_no_arrays(tmp_path: Path, member: bytes) -> None:
+    file = tmp_path / "odd.npz"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in traces.ARRAYS:
+            archive.writestr(f"{name}.npy" if member.startswith(HEAD) else name, member)
+    with pytest.raises(TraceFileError, match=r"a whole \.npz file of plain arrays"):
+        read_trace(file)

@@ -6,6 +6,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kit.flows.cuda_demand_paging.parameters import CudaParameters
     from kit.flows.cuda_demand_paging.session import CudaSession
 
 __all__ = ["exactness"]
@@ -31,6 +32,10 @@ _SERIAL = (
     "One access at a time, in the order that the program fixes: every count and every address is exact and the same "
     "for every seed."
 )
+_DRAWN = (
+    "One access at a time, in the order of a list. {source} For the list that this seed gives every count and every "
+    "address is what hardware would show."
+)
 _LIST = (
     "{source} The GPU keeps {lanes}, and they reach the fault buffer in the order of the list. "
     "Hardware promises no such order: which faults share a batch, and so the number of copies and of fault groups"
@@ -49,6 +54,13 @@ _BESIDE = (
 )
 
 
+def _source(p: CudaParameters) -> str:
+    """Say where the list of accesses comes from."""
+    if p.program == "stream" and p.pattern in ("random", "zipf"):
+        return _SEEDED
+    return _WRITES if p.program == "stream" and 0 < p.write_fraction < 1 else _FIXED
+
+
 def exactness(session: CudaSession) -> str:
     """Return what of the session's run is exact and what depends on the seed or on scheduling, in lines of text."""
     p = session.parameters
@@ -60,9 +72,11 @@ def exactness(session: CudaSession) -> str:
     elif p.program == "vector_add":
         words = _GRID if p.grid > 1 else _BLOCK if p.block > 1 else _SERIAL
         words = words.format(spread=session.machine["warp_spread"])
-    elif p.program in ("stream", "trace") and p.lanes != 1:
-        drawn = p.program == "stream" and p.pattern in ("random", "zipf")
-        source = _SEEDED if drawn else _WRITES if p.program == "stream" and 0 < p.write_fraction < 1 else _FIXED
+    elif p.program in ("stream", "trace") and p.lanes == 1:
+        source = _source(p)
+        words = _SERIAL if source == _FIXED else _DRAWN.format(source=source)
+    elif p.program in ("stream", "trace", "three_lines"):
+        source = _source(p)
         lanes = f"{p.lanes:,} misses outstanding" if p.lanes else "as many misses outstanding as this machine can"
         evicts = session.gpu_memory < sum(size for _, size in session.program.sizes)
         words = _LIST.format(source=source, lanes=lanes, more=", and what is evicted when" if evicts else "")

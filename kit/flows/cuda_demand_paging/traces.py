@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -26,8 +27,9 @@ __all__ = ["AccessTrace", "fold", "read_trace", "shipped_trace", "write_trace"]
 ARRAYS = ("vpn", "index", "write")
 CHUNK = 1 << 24
 _PAGE_NUMBERS = 1 << 52
-# What a damaged .npz raises; a RuntimeError where its directory asks for a password, or for what zipfile cannot do.
-_BROKEN = (zipfile.BadZipFile, EOFError, ValueError, KeyError, zlib.error, RuntimeError)
+# What a damaged .npz raises; a RuntimeError where its directory asks for a password, or for what zipfile cannot do; a
+# TokenError where an array's head is not Python; a MemoryError where it promises more than there is room for.
+_BROKEN = (zipfile.BadZipFile, EOFError, ValueError, KeyError, zlib.error, RuntimeError, TokenError, MemoryError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +159,8 @@ def _read_npz(file: Path) -> AccessTrace:
 def _check_arrays(file: Path, vpn: NDArray[Any], index: NDArray[Any], write: NDArray[Any]) -> None:
     for name, array in zip(ARRAYS, (vpn, index, write), strict=True):
         kinds = "b" if name == "write" else "iu"
+        if not isinstance(array, np.ndarray):  # numpy hands out what has not an array's head as it is
+            raise _refuse(file, f"a whole .npz file of plain arrays; {name} is none")
         if array.ndim != 1 or array.dtype.kind not in kinds:
             wanted = "booleans" if name == "write" else "whole numbers"
             raise _refuse(file, f"{name} as one row of {wanted}, not shape {array.shape} of {array.dtype}")
