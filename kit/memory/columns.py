@@ -1,8 +1,9 @@
-"""Stretches of columns: filled, counted up, added to, copied, searched.
+"""Rows of columns, by runs of pages: filled, counted up, added to, copied, searched.
 
 A column is a numpy array without gaps, one row for each page, frame or entry; a column of integers has 8, 32 or 64
-bits. Where the driver is compiled, `kit/native/columns.c` stands in the place of this module: numpy needs a slice, a
-view and a cast for each assignment, which is most of the work when a stretch is short.
+bits. Which rows are meant is said by the row of page 0 and by runs, (first page, pages) each, as a mask has them. Where
+the driver is compiled, `kit/native/columns.c` stands in the place of this module: numpy needs a slice, a view and a
+cast for each assignment, which is most of the work when a run is short.
 """
 
 from __future__ import annotations
@@ -12,51 +13,57 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kit.memory.types import Runs
+
 __all__ = ["add", "copy", "count", "fill", "marked", "ramp", "ramp_where"]
 
 Column = NDArray[Any]
 
 
-def add(column: Column, first: int, stop: int, value: int) -> None:
-    """Add `value` to rows [first, stop). As all of these, raises IndexError where a row does not exist."""
-    rows = column[_rows(column, first, stop)]
-    np.add(rows, value, rows)
+def add(column: Column, at: int, runs: Runs, value: int) -> None:
+    """Add `value`. As all of these, raises IndexError where a row does not exist, and has done nothing then."""
+    for rows in _rows(column, at, runs):
+        np.add(column[rows], value, column[rows])
 
 
-def copy(into: Column, to: int, column: Column, first: int, stop: int) -> None:
-    """Put rows [first, stop) of `column` into `into`, from row `to` on; both have rows of the same type and width."""
-    into[_rows(into, to, to + stop - first)] = column[_rows(column, first, stop)]
+def copy(into: Column, to: int, column: Column, at: int, runs: Runs) -> None:
+    """Put rows of `column` into `into`, where page 0 is row `to`; both have rows of the same type and width."""
+    for there, here in zip(_rows(into, to, runs), _rows(column, at, runs), strict=True):
+        into[there] = column[here]
 
 
-def count(column: Column, first: int, stop: int, value: int) -> int:
-    """Return how many of rows [first, stop) are `value`."""
-    return int(np.count_nonzero(column[_rows(column, first, stop)] == value))
+def count(column: Column, at: int, runs: Runs, value: int) -> int:
+    """Return how many rows are `value`."""
+    return sum(int(np.count_nonzero(column[rows] == value)) for rows in _rows(column, at, runs))
 
 
-def fill(column: Column, first: int, stop: int, value: int) -> None:
-    """Set rows [first, stop) to `value`."""
-    column[_rows(column, first, stop)] = value
+def fill(column: Column, at: int, runs: Runs, value: int) -> None:
+    """Set to `value`."""
+    for rows in _rows(column, at, runs):
+        column[rows] = value
 
 
-def marked(marks: bytearray, first: int, stop: int) -> bool:
-    """Whether one of bytes [first, stop) is 1."""
-    rows = _rows(marks, first, stop)
-    return marks.find(1, rows.start, rows.stop) >= 0
+def marked(marks: bytearray, at: int, runs: Runs) -> bool:
+    """Whether one of the bytes is 1."""
+    return any(marks.find(1, rows.start, rows.stop) >= 0 for rows in _rows(marks, at, runs))
 
 
-def ramp(column: Column, first: int, stop: int, value: int) -> None:
-    """Set row `first` to `value`, the next one to one more, and so on up to row `stop`."""
-    rows = column[_rows(column, first, stop)]
-    rows[:] = np.arange(value, value + stop - first).reshape(rows.shape)
+def ramp(column: Column, at: int, runs: Runs, value: int) -> None:
+    """Set the row of each page to the page and `value`."""
+    for rows in _rows(column, at, runs):
+        column[rows] = np.arange(rows.start, rows.stop).reshape(-1, *(1,) * (column.ndim - 1)) + (value - at)
 
 
-def ramp_where(column: Column, first: int, stop: int, value: int, marks: NDArray[np.bool_], at: int) -> None:
-    """`ramp`, of the rows whose mark is set; row `first` has the mark at `at`."""
-    marked = marks[_rows(marks, at, at + stop - first)].nonzero()[0]
-    column[_rows(column, first, stop)][marked] = (marked + value).reshape(-1, *(1,) * (column.ndim - 1))
+def ramp_where(column: Column, at: int, runs: Runs, value: int, marks: NDArray[np.bool_], there: int) -> None:
+    """`ramp`, of the pages whose mark is set; page 0 has the mark at `there`."""
+    for rows, held in zip(_rows(column, at, runs), _rows(marks, there, runs), strict=True):
+        found = marks[held].nonzero()[0]
+        column[rows][found] = (found + (rows.start - at + value)).reshape(-1, *(1,) * (column.ndim - 1))
 
 
-def _rows(column: Column | bytearray, first: int, stop: int) -> slice:
-    if not 0 <= first <= stop <= len(column):
-        raise IndexError(f"rows {first} to {stop} of a column of {len(column)}")
-    return slice(first, stop)
+def _rows(column: Column | bytearray, at: int, runs: Runs) -> list[slice]:
+    rows = [slice(at + first, at + first + pages) for first, pages in runs]
+    for each in rows:
+        if not 0 <= each.start <= each.stop <= len(column):
+            raise IndexError(f"rows {each.start} to {each.stop} of a column of {len(column)}")
+    return rows

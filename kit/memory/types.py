@@ -5,6 +5,7 @@ Sources: include/linux/{mm,mm_types,page-flags,mman}.h and arch/x86/include/asm/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from kit.memory.space.vma import Vma
     from kit.sim.engine import Thread, Wait
+
+Runs = Sequence[tuple[int, int]]  # of pages: the first, and how many
 
 PAGE = 4096
 PAGE_SHIFT = 12

@@ -1,7 +1,8 @@
-/* kit.memory.columns, which stands in its place where the driver is compiled: stretches of numpy's columns, in C.
+/* kit.memory.columns, which stands in its place where the driver is compiled: rows of numpy's columns, in C.
  *
- * An assignment to a slice of an array costs numpy a slice, a view and a cast; here it costs a call. A column is an
- * array without gaps; rows of several words are moved as a whole. What is asked for is checked before it is done.
+ * An assignment to a slice of an array costs numpy a slice, a view and a cast; here all runs of a mask cost one call. A
+ * column is an array without gaps; rows of several words are moved as a whole. What is asked for is checked before it
+ * is done.
  */
 #define PY_SSIZE_T_CLEAN
 #define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
@@ -9,43 +10,16 @@
 #include <numpy/arrayobject.h>
 #include <string.h>
 
-static int there(Py_ssize_t first, Py_ssize_t stop, Py_ssize_t rows)
-{
-    if (first >= 0 && first <= stop && stop <= rows)
-        return 1;
-    PyErr_Format(PyExc_IndexError, "rows %zd to %zd of a column of %zd", first, stop, rows);
-    return 0;
-}
+/* The pages that are meant: runs of them, (first page, pages) each, in a list or a tuple. */
+typedef struct {
+    PyObject **pairs;
+    Py_ssize_t count;
+} Runs;
 
-/* Return the array and the bytes of a row, or NULL with an error set: rows [first, stop) must exist. */
-static PyArrayObject *column(PyObject *given, Py_ssize_t first, Py_ssize_t stop, int written, Py_ssize_t *row)
+static PyObject *unfit(const char *needed)
 {
-    if (!PyArray_Check(given)) {
-        PyErr_SetString(PyExc_TypeError, "a column is an array");
-        return NULL;
-    }
-    PyArrayObject *array = (PyArrayObject *)given;
-    if (PyArray_NDIM(array) < 1 || !(written ? PyArray_ISCARRAY(array) : PyArray_ISCARRAY_RO(array))) {
-        PyErr_SetString(PyExc_ValueError, "a column has no gaps, and may be written where it is");
-        return NULL;
-    }
-    if (!there(first, stop, PyArray_DIM(array, 0)))
-        return NULL;
-    *row = PyArray_ITEMSIZE(array);
-    for (int axis = 1; axis < PyArray_NDIM(array); axis++)
-        *row *= PyArray_DIM(array, axis);
-    return array;
-}
-
-/* Read integers from the arguments; 0 with an error set. */
-static int numbers(PyObject *const *args, int count, Py_ssize_t *found)
-{
-    for (int at = 0; at < count; at++) {
-        found[at] = PyLong_AsSsize_t(args[at]);
-        if (found[at] == -1 && PyErr_Occurred())
-            return 0;
-    }
-    return 1;
+    PyErr_SetString(PyExc_TypeError, needed);
+    return NULL;
 }
 
 static int asked(Py_ssize_t given, Py_ssize_t wanted)
@@ -56,114 +30,175 @@ static int asked(Py_ssize_t given, Py_ssize_t wanted)
     return 0;
 }
 
-static PyObject *unfit(void)
+static int number(PyObject *given, Py_ssize_t *found)
 {
-    PyErr_SetString(PyExc_TypeError, "a column of integers of 8, 32 or 64 bits is needed");
-    return NULL;
+    *found = PyLong_AsSsize_t(given);
+    return *found != -1 || !PyErr_Occurred();
 }
 
-#define EACH(type, expression)                                   \
-    {                                                            \
-        type *at = (type *)PyArray_DATA(array) + first;          \
-        for (Py_ssize_t i = 0; i < count; i++) { expression; }   \
+static int runs_of(PyObject *given, Runs *runs)
+{
+    if (!PyList_Check(given) && !PyTuple_Check(given)) {
+        unfit("runs are a list or a tuple");
+        return 0;
     }
-#define SIZED(expression)                                        \
-    switch (row) {                                               \
-    case 1: EACH(npy_int8, expression) break;                    \
-    case 4: EACH(npy_int32, expression) break;                   \
-    case 8: EACH(npy_int64, expression) break;                   \
-    default: return unfit();                                     \
+    runs->pairs = PySequence_Fast_ITEMS(given);
+    runs->count = PySequence_Fast_GET_SIZE(given);
+    return 1;
+}
+
+static int run(const Runs *runs, Py_ssize_t which, Py_ssize_t *first, Py_ssize_t *pages)
+{
+    PyObject *pair = runs->pairs[which];
+    if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2) {
+        unfit("a run is (first page, pages)");
+        return 0;
     }
-#define OPEN                                                     \
-    Py_ssize_t n[3], row;                                        \
-    if (!asked(nargs, 4) || !numbers(args + 1, 3, n))            \
-        return NULL;                                             \
-    Py_ssize_t first = n[0], count = n[1] - n[0], value = n[2];  \
-    PyArrayObject *array = column(args[0], n[0], n[1], 1, &row); \
-    if (array == NULL)                                           \
-        return NULL;                                             \
-    if (PyArray_ISFLOAT(array))                                  \
-        return unfit();
-
-static PyObject *fill(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    OPEN
-    SIZED(at[i] = value)
-    Py_RETURN_NONE;
+    return number(PyTuple_GET_ITEM(pair, 0), first) && number(PyTuple_GET_ITEM(pair, 1), pages);
 }
 
-static PyObject *ramp(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+/* Whether the rows of all runs exist, with an error set where they do not. */
+static int there(const Runs *runs, Py_ssize_t at, Py_ssize_t rows)
 {
-    OPEN
-    SIZED(at[i] = value + i)
-    Py_RETURN_NONE;
+    for (Py_ssize_t i = 0; i < runs->count; i++) {
+        Py_ssize_t first, pages;
+        if (!run(runs, i, &first, &pages))
+            return 0;
+        size_t row = (size_t)at + (size_t)first; /* below 0 it is a large number */
+        if (row > (size_t)rows || pages < 0 || (size_t)pages > (size_t)rows - row) {
+            PyErr_Format(PyExc_IndexError, "rows %zd to %zd of a column of %zd", row, row + pages, rows);
+            return 0;
+        }
+    }
+    return 1;
 }
 
-static PyObject *ramp_where(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+/* Return the array and the bytes of a row, or NULL with an error set: the rows of all runs must exist. */
+static PyArrayObject *column(PyObject *given, const Runs *runs, Py_ssize_t at, int written, Py_ssize_t *row)
 {
-    Py_ssize_t n[3], row, to, width;
-    if (!asked(nargs, 6) || !numbers(args + 1, 3, n) || !numbers(args + 5, 1, &to))
-        return NULL;
-    Py_ssize_t first = n[0], count = n[1] - n[0], value = n[2];
-    PyArrayObject *array = column(args[0], n[0], n[1], 1, &row);
-    PyArrayObject *marks = array == NULL ? NULL : column(args[4], to, to + count, 0, &width);
-    if (marks == NULL)
-        return NULL;
-    if (width != 1) {
-        PyErr_SetString(PyExc_TypeError, "marks are booleans");
+    if (!PyArray_Check(given)) {
+        unfit("a column is an array");
         return NULL;
     }
-    npy_bool *mark = (npy_bool *)PyArray_DATA(marks) + to;
-    SIZED(if (mark[i]) at[i] = value + i)
-    Py_RETURN_NONE;
+    PyArrayObject *array = (PyArrayObject *)given;
+    if (PyArray_NDIM(array) < 1 || !(written ? PyArray_ISCARRAY(array) : PyArray_ISCARRAY_RO(array))) {
+        PyErr_SetString(PyExc_ValueError, "a column has no gaps, and may be written where it is");
+        return NULL;
+    }
+    if (!there(runs, at, PyArray_DIM(array, 0)))
+        return NULL;
+    *row = PyArray_ITEMSIZE(array);
+    for (int axis = 1; axis < PyArray_NDIM(array); axis++)
+        *row *= PyArray_DIM(array, axis);
+    return array;
 }
+
+/* For each row `cell[i]` of each run: its page is `page + i`. */
+#define EACH(type, expression)                                                    \
+    for (Py_ssize_t r = 0, page, pages; r < runs.count; r++) {                    \
+        run(&runs, r, &page, &pages);                                             \
+        type *cell = (type *)PyArray_DATA(array) + at + page;                     \
+        for (Py_ssize_t i = 0; i < pages; i++) { expression; }                    \
+    }
+#define SIZED(expression)                                                         \
+    switch (row) {                                                                \
+    case 1: EACH(npy_int8, expression) break;                                     \
+    case 4: EACH(npy_int32, expression) break;                                    \
+    case 8: EACH(npy_int64, expression) break;                                    \
+    default: return unfit("a column of integers of 8, 32 or 64 bits is needed");  \
+    }
+#define OPEN(arguments)                                                           \
+    Runs runs;                                                                    \
+    Py_ssize_t at, value, row;                                                    \
+    if (!asked(nargs, arguments) || !number(args[1], &at) || !runs_of(args[2], &runs) || !number(args[3], &value)) \
+        return NULL;                                                              \
+    PyArrayObject *array = column(args[0], &runs, at, 1, &row);                   \
+    if (array == NULL)                                                            \
+        return NULL;                                                              \
+    if (PyArray_ISFLOAT(array))                                                   \
+        return unfit("a column of integers of 8, 32 or 64 bits is needed");
 
 static PyObject *add(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    OPEN
-    SIZED(at[i] += value)
+    OPEN(4)
+    SIZED(cell[i] += value)
     Py_RETURN_NONE;
 }
 
 static PyObject *count(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_ssize_t found = 0;
-    OPEN
-    SIZED(found += at[i] == value)
+    OPEN(4)
+    SIZED(found += cell[i] == value)
     return PyLong_FromSsize_t(found);
+}
+
+static PyObject *fill(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    OPEN(4)
+    SIZED(cell[i] = value)
+    Py_RETURN_NONE;
+}
+
+static PyObject *ramp(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    OPEN(4)
+    SIZED(cell[i] = value + page + i)
+    Py_RETURN_NONE;
+}
+
+static PyObject *ramp_where(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t marks_at, width;
+    OPEN(6)
+    PyArrayObject *marks = number(args[5], &marks_at) ? column(args[4], &runs, marks_at, 0, &width) : NULL;
+    if (marks == NULL)
+        return NULL;
+    if (width != 1)
+        return unfit("marks are booleans");
+    npy_bool *mark = (npy_bool *)PyArray_DATA(marks) + marks_at;
+    SIZED(if (mark[page + i]) cell[i] = value + page + i)
+    Py_RETURN_NONE;
 }
 
 static PyObject *copy(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    Py_ssize_t n[2], to, width, row;
-    if (!asked(nargs, 5) || !numbers(args + 1, 1, &to) || !numbers(args + 3, 2, n))
+    Runs runs;
+    Py_ssize_t to, at, width, row;
+    if (!asked(nargs, 5) || !number(args[1], &to) || !number(args[3], &at) || !runs_of(args[4], &runs))
         return NULL;
-    PyArrayObject *from = column(args[2], n[0], n[1], 0, &row);
-    PyArrayObject *into = from == NULL ? NULL : column(args[0], to, to + n[1] - n[0], 1, &width);
+    PyArrayObject *from = column(args[2], &runs, at, 0, &row);
+    PyArrayObject *into = from == NULL ? NULL : column(args[0], &runs, to, 1, &width);
     if (into == NULL)
         return NULL;
-    if (row != width || PyArray_TYPE(from) != PyArray_TYPE(into)) {
-        PyErr_SetString(PyExc_TypeError, "rows of the same type and length are needed");
-        return NULL;
+    if (row != width || PyArray_TYPE(from) != PyArray_TYPE(into))
+        return unfit("rows of the same type and length are needed");
+    char *target = (char *)PyArray_DATA(into) + to * row, *source = (char *)PyArray_DATA(from) + at * row;
+    for (Py_ssize_t r = 0, page, pages; r < runs.count; r++) {
+        run(&runs, r, &page, &pages);
+        memmove(target + page * row, source + page * row, pages * row);
     }
-    memmove((char *)PyArray_DATA(into) + to * row, (char *)PyArray_DATA(from) + n[0] * row, (n[1] - n[0]) * row);
     Py_RETURN_NONE;
 }
 
 static PyObject *marked(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    Py_ssize_t n[2];
-    if (!asked(nargs, 3) || !numbers(args + 1, 2, n))
+    Runs runs;
+    Py_ssize_t at;
+    if (!asked(nargs, 3) || !number(args[1], &at) || !runs_of(args[2], &runs))
         return NULL;
-    if (!PyByteArray_Check(args[0])) {
-        PyErr_SetString(PyExc_TypeError, "marks are a bytearray");
+    if (!PyByteArray_Check(args[0]))
+        return unfit("marks are a bytearray");
+    if (!there(&runs, at, PyByteArray_GET_SIZE(args[0])))
         return NULL;
+    char *mark = PyByteArray_AS_STRING(args[0]) + at;
+    for (Py_ssize_t r = 0, page, pages; r < runs.count; r++) {
+        run(&runs, r, &page, &pages);
+        if (memchr(mark + page, 1, pages) != NULL)
+            Py_RETURN_TRUE;
     }
-    if (!there(n[0], n[1], PyByteArray_GET_SIZE(args[0])))
-        return NULL;
-    return PyBool_FromLong(memchr(PyByteArray_AS_STRING(args[0]) + n[0], 1, n[1] - n[0]) != NULL);
+    Py_RETURN_FALSE;
 }
-
 static PyMethodDef methods[] = {
     {"add", (PyCFunction)(void (*)(void))add, METH_FASTCALL, "See kit/memory/columns.py."},
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL, "See kit/memory/columns.py."},

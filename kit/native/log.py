@@ -1,7 +1,7 @@
-"""`kit.sim.log` over packed doubles, which stands in its place where the engine is compiled.
+"""`kit.sim.log` over packed numbers, which stands in its place where the engine is compiled.
 
 A list's numbers are objects, each with memory of its own; most of what recording a span then costs is that memory.
-Compiled, a vec's numbers are plain doubles in a row. Read by the interpreter it is the slower of the two.
+Compiled, a vec's numbers are machine words in a row. Read by the interpreter it is the slower of the two.
 They are kept in chunks: a vec that doubles touches four times the memory, all of it new to the process.
 """
 
@@ -27,63 +27,72 @@ CHUNK: Final = 1 << BITS  # numbers
 WITHIN: Final = CHUNK - 1
 ROWS: Final = CHUNK // WIDTH * WIDTH
 BLANK: Final = vec[float]([0.0] * CHUNK)
+NOTHING: Final = vec[i64]([0] * CHUNK)
 
 
 class Log:
-    """See `kit.sim.log.Log`; keys and places are below 2**53."""
+    """See `kit.sim.log.Log`; places are below 2**53."""
 
     def __init__(self) -> None:
-        self._full: list[vec[float]] = []
-        self._before: i64 = 0  # how many numbers are in them
-        self._used: i64 = 0  # and in the chunk that is written to
-        self._cells: vec[float] = extend(vec[float](), BLANK)
+        self._full: list[tuple[vec[float], vec[i64]]] = []
+        self._before: i64 = 0  # the place of the first span in the chunks that are written to
+        self._used: i64 = 0  # numbers in each of them
+        self._times: vec[float] = extend(vec[float](), BLANK)  # of each span its end and its start
+        self._marks: vec[i64] = extend(vec[i64](), NOTHING)  # its key and its parent
 
     def __len__(self) -> int:
-        return self._before + self._used
+        return self._before + self._used + self._used
 
-    def add(self, end: float, start: float, key: int, parent: int) -> int:
+    def add(self, end: float, start: float, key: i64, parent: i64) -> i64:
         """Append a span and return its place."""
         if self._used == CHUNK:
             self._next()
-        cells, at = self._cells, self._used
-        cells[at + END], cells[at + START] = end, start
-        cells[at + KEY], cells[at + PARENT] = float(key), float(parent)
-        self._used = at + (1 << SHIFT)
-        return self._before + at
+        times, marks, at = self._times, self._marks, self._used
+        times[at], times[at + 1] = end, start
+        marks[at], marks[at + 1] = key, parent
+        self._used = at + 2
+        return self._before + at + at
 
-    def close(self, at: int, now: float) -> int:
+    def close(self, at: i64, now: float) -> i64:
         """Let the span at a place end now, and return its parent's place."""
-        place: i64 = at
-        cells = self._cells if place >= self._before else self._full[place >> BITS]
-        place &= WITHIN
-        cells[place] = now
-        return int(cells[place + PARENT])
+        place = at >> 1 & WITHIN
+        if at >= self._before:
+            self._times[place] = now
+            return self._marks[place + 1]
+        times, marks = self._full[at >> 1 + BITS]
+        times[place] = now
+        return marks[place + 1]
 
     def leave(self, count: int) -> None:
         """Append room for spans that `write` fills in."""
-        room: i64 = count << SHIFT
+        room: i64 = count << 1
         while room > CHUNK - self._used:
             room -= CHUNK - self._used
             self._next()
         self._used += room
 
-    def write(self, at: int, end: float, start: float, key: int, parent: int) -> None:
+    def write(self, at: i64, end: float, start: float, key: i64, parent: i64) -> None:
         """Fill in the span at a place."""
-        place: i64 = at
-        cells = self._cells if place >= self._before else self._full[place >> BITS]
-        place &= WITHIN
-        cells[place + END], cells[place + START] = end, start
-        cells[place + KEY], cells[place + PARENT] = float(key), float(parent)
+        times, marks = self._times, self._marks
+        if at < self._before:
+            times, marks = self._full[at >> 1 + BITS]
+        place = at >> 1 & WITHIN
+        times[place], times[place + 1] = end, start
+        marks[place], marks[place + 1] = key, parent
 
     def column(self, which: int) -> NDArray[np.float64]:
         """Return one of the four numbers of every span, shape (spans,), as a new array."""
-        every = np.concatenate([np.frombuffer(memoryview(cells)) for cells in [*self._full, self._cells]])
-        return every[which : len(self) : 1 << SHIFT].copy()
+        chunks = [*self._full, (self._times, self._marks)]
+        if which < KEY:
+            every = np.concatenate([np.frombuffer(memoryview(times)) for times, _ in chunks])
+        else:
+            every = np.concatenate([np.frombuffer(memoryview(marks), np.int64) for _, marks in chunks])
+        return every[which & 1 : len(self) >> 1 : 2].astype(np.float64)
 
     def _next(self) -> None:
-        self._full.append(self._cells)
-        self._before += CHUNK
-        self._cells, self._used = extend(vec[float](), BLANK), 0
+        self._full.append((self._times, self._marks))
+        self._before += CHUNK + CHUNK
+        self._times, self._marks, self._used = extend(vec[float](), BLANK), extend(vec[i64](), NOTHING), 0
 
 
 class Rows:

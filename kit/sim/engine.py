@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Generator, Iterable
 from heapq import heappush
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import simpy.core
@@ -23,6 +23,9 @@ from simpy.events import NORMAL, Event, Process, Timeout
 from kit.sim.columns import Keys
 from kit.sim.log import SHIFT
 from kit.sim.trace import Trace
+
+if TYPE_CHECKING:
+    from mypy_extensions import i64  # an int that the compiler keeps in a machine word
 
 __all__ = ["NO_WAIT", "Clock", "Engine", "Thread", "Wait"]
 
@@ -138,7 +141,7 @@ class Thread:
         engine.trace.actors(name)
         self.now: float = float(engine.env.now)
         self._jitter = engine.jitter
-        self.at = -1
+        self.at: i64 = -1
         self.keys = Keys(lambda step: engine.trace.key(step, name))
         self._numbered: list[int] = []
 
@@ -147,18 +150,18 @@ class Thread:
         """The running span's row, -1: none."""
         return self.at >> SHIFT
 
-    def enter(self, number: int, step: str) -> int:
+    def enter(self, number: i64, step: str) -> i64:
         """Open the span of a step that the compiler has given a number, and return its place (`kit.sim.steps`)."""
         known = self._numbered
         if number >= len(known):
             known += [0] * (number + 1 - len(known))
-        key = known[number]  # a place in a list is found sooner than a word
-        if not key:
+        key: i64 = known[number]  # a place in a list is found sooner than a word
+        if key == 0:
             key = known[number] = self.keys[step]
         self.at = at = self.log.add(self.now, self.now, key, self.at)
         return at
 
-    def leave(self, at: int) -> None:
+    def leave(self, at: i64) -> None:
         """Close the span at a place, now."""
         self.at = self.log.close(at, self.now)
 
@@ -180,11 +183,12 @@ class Thread:
         self, va: int = -1, pages: int = 0, bytes: int = 0, cause: str = "", status: str = "ok", value: float = 0
     ) -> None:  # fmt: skip
         """Fill in what the running step has learned about itself: columns of the spans from ``va`` on."""
+        at = float(self.at)
         if cause or status != "ok":
             trace = self._trace
-            self._facts.add(self.at, va, pages, bytes, trace.causes.ids[cause], trace.statuses.ids[status], value)
+            self._facts.add(at, va, pages, bytes, trace.causes.ids[cause], trace.statuses.ids[status], value)
         else:
-            self._facts.add(self.at, va, pages, bytes, 0, 0, value)
+            self._facts.add(at, va, pages, bytes, 0, 0, value)
 
     def in_step(self) -> bool:
         """Bring the common clock up to this actor's if nobody else acts before; return whether they agree.

@@ -61,7 +61,8 @@ class Trace:
         key = self._keys.get((step, actor)) or self.key(step, actor)
         at = self.spans.log.add(end, start, key, parent << SHIFT)
         if va >= 0 or pages or value or cause or bytes or status != "ok":
-            self._facts.add(at, va, pages, bytes, self.causes.ids[cause], self.statuses.ids[status], value)
+            cause_id, status_id = self.causes.ids[cause], self.statuses.ids[status]
+            self._facts.add(float(at), va, pages, bytes, cause_id, status_id, value)
         return at >> SHIFT
 
     def key(self, step: str, actor: str) -> int:

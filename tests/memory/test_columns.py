@@ -1,4 +1,4 @@
-"""Stretches of columns, in both forms, against loops over their rows."""
+"""Rows of columns by runs of pages, in both forms, against loops over their rows."""
 
 from __future__ import annotations
 
@@ -16,9 +16,28 @@ import kit.memory.columns
 
 FORMS = [read("memory/columns.py"), kit.memory.columns]
 both = pytest.mark.parametrize("form", FORMS, ids=["read", "in use"])
-ROWS = 40
+ROWS, PAGES = 60, 40
 KINDS = st.sampled_from([np.uint8, np.bool_, np.int32, np.int64, np.uint64])
-STRETCH = st.tuples(st.integers(0, ROWS), st.integers(0, ROWS)).map(lambda ends: (min(ends), max(ends)))
+AT = st.integers(0, ROWS - PAGES)
+Runs = tuple[tuple[int, int], ...]
+
+
+def run_of_pages(marks: list[bool]) -> Runs:
+    """The runs of a mask: as long as they can be, ascending."""
+    found, first = [], 0
+    for page, (here, after) in enumerate(zip(marks, [*marks[1:], False], strict=True)):
+        if here and (page == 0 or not marks[page - 1]):
+            first = page
+        if here and not after:
+            found.append((first, page + 1 - first))
+    return tuple(found)
+
+
+RUNS = st.lists(st.booleans(), min_size=PAGES, max_size=PAGES).map(run_of_pages)
+
+
+def pages_of(runs: Runs) -> list[int]:
+    return [page for first, count in runs for page in range(first, first + count)]
 
 
 def some(kind: Any, wide: bool = False) -> NDArray[Any]:
@@ -27,81 +46,79 @@ def some(kind: Any, wide: bool = False) -> NDArray[Any]:
 
 
 @both
-@given(kind=KINDS, wide=st.booleans(), ends=STRETCH, value=st.integers(0, 1))
+@given(kind=KINDS, wide=st.booleans(), at=AT, runs=RUNS, value=st.integers(0, 1))
 def test_each_row_is_set_added_to_or_counted(
-    form: ModuleType, kind: Any, wide: bool, ends: tuple[int, int], value: int
+    form: ModuleType, kind: Any, wide: bool, at: int, runs: Runs, value: int
 ) -> None:
-    first, stop = ends
     for name in ("fill", "ramp", "add"):
         if kind is np.bool_ and name != "fill":
             continue
         column, wanted = some(kind, wide), some(kind, wide)
-        getattr(form, name)(column, first, stop, value)
-        for row in range(first, stop):
-            wanted[row] = {"fill": value, "ramp": value + row - first, "add": wanted[row] + value}[name]
+        getattr(form, name)(column, at, runs, value)
+        for page in pages_of(runs):
+            wanted[at + page] = {"fill": value, "ramp": value + page, "add": wanted[at + page] + value}[name]
         assert (column == wanted).all()
     column = some(kind)
-    assert form.count(column, first, stop, value) == sum(row == value for row in column[first:stop].tolist())
+    assert form.count(column, at, runs, value) == sum(column[at + page] == value for page in pages_of(runs))
 
 
 @both
-@given(kind=KINDS, wide=st.booleans(), ends=STRETCH, value=st.integers(0, 9), at=st.integers(0, ROWS))
+@given(kind=KINDS, wide=st.booleans(), at=AT, runs=RUNS, value=st.integers(0, 9), there=st.integers(0, ROWS))
 def test_only_marked_rows_are_counted_up(
-    form: ModuleType, kind: Any, wide: bool, ends: tuple[int, int], value: int, at: int
+    form: ModuleType, kind: Any, wide: bool, at: int, runs: Runs, value: int, there: int
 ) -> None:
-    first, stop = ends
-    marks = np.random.default_rng(7).random(2 * ROWS) < 0.5
+    marks = np.random.default_rng(7).random(ROWS + PAGES) < 0.5
     column, wanted = some(kind, wide), some(kind, wide)
-    form.ramp_where(column, first, stop, value, marks, at)
-    for row in range(first, stop):
-        if marks[at + row - first]:
-            wanted[row] = value + row - first
+    form.ramp_where(column, at, runs, value, marks, there)
+    for page in pages_of(runs):
+        if marks[there + page]:
+            wanted[at + page] = value + page
     assert (column == wanted).all() or kind is np.bool_
 
 
 @both
-@given(marks=st.binary(max_size=ROWS).map(lambda drawn: bytearray(byte & 1 for byte in drawn)), ends=STRETCH)
-def test_a_mark_is_found(form: ModuleType, marks: bytearray, ends: tuple[int, int]) -> None:
-    first, stop = (min(end, len(marks)) for end in ends)
-    assert form.marked(marks, first, stop) is (1 in marks[first:stop])
+@given(marked=st.sets(st.integers(0, ROWS - 1)), at=AT, runs=RUNS)
+def test_a_mark_is_found(form: ModuleType, marked: set[int], at: int, runs: Runs) -> None:
+    marks = bytearray(row in marked for row in range(ROWS))
+    assert form.marked(marks, at, runs) is any(at + page in marked for page in pages_of(runs))
 
 
 @both
-@given(kind=KINDS, words=st.integers(1, 3), ends=STRETCH, to=st.integers(0, ROWS))
-def test_rows_are_copied_whole(form: ModuleType, kind: Any, words: int, ends: tuple[int, int], to: int) -> None:
-    first, stop = ends
-    to = min(to, ROWS - (stop - first))
+@given(kind=KINDS, words=st.integers(1, 3), at=AT, to=AT, runs=RUNS)
+def test_rows_are_copied_whole(form: ModuleType, kind: Any, words: int, at: int, to: int, runs: Runs) -> None:
     column = np.arange(ROWS * words).reshape(ROWS, words).astype(kind)
-    into = np.zeros_like(column)
-    form.copy(into, to, column, first, stop)
-    for row in range(ROWS):
-        inside = to <= row < to + stop - first
-        assert (into[row] == (column[row - to + first] if inside else 0)).all()
+    into, wanted = np.zeros_like(column), np.zeros_like(column)
+    form.copy(into, to, column, at, runs)
+    for page in pages_of(runs):
+        wanted[to + page] = column[at + page]
+    assert (into == wanted).all()
 
 
 def test_large_numbers_are_whole() -> None:
     for form in FORMS:
         column = np.zeros(4, np.uint64)
-        form.ramp(column, 1, 3, 5 << 36)
-        form.add(column.view(np.int64), 0, 4, -1 << 40)
+        form.ramp(column, 1, ((0, 2),), 5 << 36)
+        form.add(column.view(np.int64), 0, ((0, 4),), -1 << 40)
         assert column.view(np.int64).tolist() == [-1 << 40, (5 << 36) - (1 << 40), (5 << 36) + 1 - (1 << 40), -1 << 40]
 
 
 @both
-@pytest.mark.parametrize(("first", "stop"), [(-1, 2), (3, 2), (2, ROWS + 1)])
-def test_rows_that_do_not_exist_are_an_error_and_nothing_is_done(form: ModuleType, first: int, stop: int) -> None:
-    column, marks = some(np.int32), np.ones(ROWS, dtype=bool)
+@pytest.mark.parametrize(("at", "run"), [(-1, (0, 2)), (3, (-4, 2)), (3, (0, -1)), (2, (0, ROWS - 1)), (ROWS, (1, 0))])
+def test_rows_that_do_not_exist_are_an_error_and_nothing_is_done(
+    form: ModuleType, at: int, run: tuple[int, int]
+) -> None:
+    column, marks, runs = some(np.int32), np.ones(ROWS, dtype=bool), ((5, 2), run)
     before = column.copy()
     for ask in (
-        lambda: form.fill(column, first, stop, 1),
-        lambda: form.ramp(column, first, stop, 1),
-        lambda: form.add(column, first, stop, 1),
-        lambda: form.count(column, first, stop, 1),
-        lambda: form.copy(column, 0, column, first, stop),
-        lambda: form.ramp_where(column, first, stop, 1, marks, 0),
-        lambda: form.marked(bytearray(ROWS), first, stop),
-        lambda: form.ramp_where(column, 0, 5, 1, marks, ROWS - 4),
-        lambda: form.copy(column, ROWS - 4, column, 0, 5),
+        lambda: form.fill(column, at, runs, 1),
+        lambda: form.ramp(column, at, runs, 1),
+        lambda: form.add(column, at, runs, 1),
+        lambda: form.count(column, at, runs, 1),
+        lambda: form.copy(column, 0, column, at, runs),
+        lambda: form.copy(column, at, column, 0, runs),
+        lambda: form.ramp_where(column, at, runs, 1, marks, 0),
+        lambda: form.marked(bytearray(ROWS), at, runs),
+        lambda: form.ramp_where(column, 0, ((0, 5),), 1, marks, ROWS - 4),
     ):
         with pytest.raises(IndexError, match=f"rows .* of a column of {ROWS}"):
             ask()
@@ -112,21 +129,28 @@ def test_what_is_no_column_is_refused_in_c() -> None:
     form = kit.memory.columns
     if form.__file__.endswith(".py"):
         return
-    column = np.zeros(ROWS, np.int32)
+    column, runs = np.zeros(ROWS, np.int32), ((0, 2),)
     with pytest.raises(ValueError, match="no gaps"):
-        form.fill(column[::2], 0, 2, 1)
+        form.fill(column[::2], 0, runs, 1)
+    with pytest.raises(TypeError, match="list or a tuple"):
+        form.fill(column, 0, iter(runs), 1)
+    for pair in ([0, 2], (0, 2, 3), 7):
+        with pytest.raises(TypeError, match="a run is"):
+            form.fill(column, 0, [pair], 1)
+    with pytest.raises(TypeError, match="int"):
+        form.fill(column, 0, [(0, "2")], 1)
     column.flags.writeable = False
     with pytest.raises(ValueError, match="may be written"):
-        form.fill(column, 0, 2, 1)
+        form.fill(column, 0, runs, 1)
     for wrong in (np.zeros(ROWS, np.int16), np.zeros(ROWS), [0, 1, 2]):
         with pytest.raises(TypeError, match="a column"):
-            form.fill(wrong, 0, 2, 1)
+            form.fill(wrong, 0, runs, 1)
     with pytest.raises(TypeError, match="marks are a bytearray"):
-        form.marked(column, 0, 2)
+        form.marked(column, 0, runs)
     with pytest.raises(TypeError, match="4 arguments"):
-        form.fill(column, 0, 2)
+        form.fill(column, 0, runs)
     with pytest.raises(TypeError, match="same type"):
-        form.copy(np.zeros(ROWS, np.int64), 0, column, 0, 2)
+        form.copy(np.zeros(ROWS, np.int64), 0, column, 0, runs)
 
 
 def test_both_forms_offer_the_same() -> None:

@@ -21,7 +21,7 @@ from kit.memory.physical.pages import PhysicalMemory
 from kit.memory.reclaim.alloc import alloc_pages_exact, free_pages_exact
 from kit.memory.space.mm import Mm
 from kit.memory.space.special import install_special_mapping
-from kit.memory.space.vm_insert import insert_run, zap_run
+from kit.memory.space.vm_insert import insert_runs, zap_runs
 from kit.memory.space.vma import Vma
 from kit.memory.syscalls.exit import exit_mmap
 from kit.memory.syscalls.mmap import mmap, munmap
@@ -102,9 +102,8 @@ class Driver:
         thread.charge(10.0)
         yield from thread.sync()
         count = min(self.around, self.vma.pages - at)
-        held = self.base + at
-        zap_run(self.vma, self.slot + at, count, held)
-        insert_run(self.vma, self.slot + at, count, slice(held, held + count), write)
+        zap_runs(self.vma, self.slot, ((at, count),), self.base)
+        insert_runs(self.vma, self.slot, ((at, count),), np.array(self.held, np.int32), write, self.base)
         return VM_FAULT_NOPAGE
 
     page_mkwrite = fault
@@ -177,7 +176,7 @@ def test_pages_that_the_driver_gave_up_go_with_their_last_entry() -> None:
     p.touch([d.vma.first], True)
     free_pages_exact(p.memory, d.base, 8)
     assert p.memory.used == 4
-    zap_run(d.vma, d.slot, 8)
+    zap_runs(d.vma, d.slot, ((0, 8),))
     assert (p.memory.used, p.mm.rss["file"]) == (0, 0)
     p.check()
 

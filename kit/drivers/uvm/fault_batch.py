@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +23,6 @@ class FaultBatch:
     accesses as arrays when they came in that order, each page once.
     """
 
-    page: Sequence[int] = ()
-    access: Sequence[int] = ()
-    instances: Sequence[int] = ()
-    utlb: Column | Sequence[int] = ()
-    fatal_type: Sequence[int] = ()
     ascending: tuple[NDArray[np.int64], NDArray[np.int8]] | None = None
     first_time = 0.0
     num_cached = 0
@@ -41,6 +35,11 @@ class FaultBatch:
     copies_end = 0.0
 
     def __init__(self) -> None:
+        self.page: list[int] = []
+        self.access: list[int] = []
+        self.instances: list[int] = []
+        self.utlb: Column = []
+        self.fatal_type: list[int] = []
         self.fatal: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -48,9 +47,12 @@ class FaultBatch:
 
     def pick(self, rows: list[int]) -> None:
         """Keep these rows, in this order."""
-        for name in ("page", "access", "instances", "utlb", "fatal_type"):
-            column = getattr(self, name)
-            setattr(self, name, list(itemgetter(*rows)(column)) if len(rows) > 1 else [column[row] for row in rows])
+        utlb = plain(self.utlb)
+        self.page = [self.page[row] for row in rows]
+        self.access = [self.access[row] for row in rows]
+        self.instances = [self.instances[row] for row in rows]
+        self.utlb = [utlb[row] for row in rows]
+        self.fatal_type = [self.fatal_type[row] for row in rows]
 
 
 @step
@@ -107,8 +109,8 @@ def _merge(batch: FaultBatch) -> None:
     heads: list[int] = []  # where in the batch each representative is
     counts: list[int] = []
     last, last_access = -1, 0  # the driver does not follow when the last representative is replaced under rule (a)
-    pages, kinds, batch.utlb = batch.page, batch.access, plain(batch.utlb)
-    for at, (page, access, utlb, fatal) in enumerate(zip(pages, kinds, batch.utlb, batch.fatal_type, strict=True)):
+    pages, kinds, utlbs = batch.page, batch.access, plain(batch.utlb)
+    for at, (page, access, utlb, fatal) in enumerate(zip(pages, kinds, utlbs, batch.fatal_type, strict=True)):
         found = -1
         if not fatal:
             own = last_of.get(utlb, -1)

@@ -6,9 +6,7 @@ Three facts about a page are kept apart, as in the driver: *populated* (physical
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     from kit.memory.space.mm import Mm
 
 __all__ = [
-    "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "FEW_RUNS", "GPU",
+    "ACCESS_NAMES", "ATOMIC_STRONG", "ATOMIC_WEAK", "BIG_PAGES", "BLOCK_PAGES", "COUNT_PROT", "CPU", "GPU",
     "MANAGED_BASE", "NV_ERR_MORE_PROCESSING_REQUIRED", "NV_OK", "NV_WARN_MORE_PROCESSING_REQUIRED", "PAGE",
     "PAGE_SHIFT", "PREFETCH", "READ", "READ_ONLY", "READ_WRITE", "READ_WRITE_ATOMIC", "REQUIRED_PROT", "WRITE",
     "Policy", "VaBlock", "VaRange", "VaSpace",
@@ -37,7 +35,6 @@ __all__ = [
 PAGE_SHIFT: Final = 12
 PAGE: Final = 1 << PAGE_SHIFT
 BLOCK_PAGES: Final = 512  # PAGES_PER_UVM_VA_BLOCK on 4 KiB hosts
-FEW_RUNS: Final = 6  # contiguous runs of a mask up to which one by one is faster than all at once
 BIG_PAGES: Final = 16  # 4 KiB pages in a 64 KiB big page
 MANAGED_BASE: Final = 0x7F00_0000_0000
 CPU: Final = 0  # processor ids; the CPU's is the lowest, so it is served first
@@ -61,8 +58,6 @@ REQUIRED_PROT: Final = np.array([READ_ONLY, READ_ONLY, READ_WRITE, READ_WRITE, R
 NV_OK: Final = 0
 NV_ERR_MORE_PROCESSING_REQUIRED: Final = 0x4D  # locks were dropped: the operation starts again
 NV_WARN_MORE_PROCESSING_REQUIRED: Final = 0x1_0005  # the fault is throttled: it sleeps, then tries again
-
-_FIRST: Final = attrgetter("first")
 
 
 @dataclass
@@ -186,8 +181,17 @@ class VaSpace:
 
     def find(self, page: int) -> VaRange | None:
         """Return the managed range that holds virtual page `page`, or None (uvm_va_range_find)."""
-        index = bisect_right(self.ranges, page, key=_FIRST) - 1
-        return self.ranges[index] if index >= 0 and page < self.ranges[index].end else None
+        first, past = 0, len(self.ranges)
+        while first < past:
+            middle = first + past >> 1
+            found = self.ranges[middle]
+            if page < found.first:
+                past = middle
+            elif page < found.first + found.pages:
+                return found
+            else:
+                first = middle + 1
+        return None
 
     def slots(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the GPU page table's slot of each page; within one range that is an addition."""

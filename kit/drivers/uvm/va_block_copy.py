@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-import numpy as np
-
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
-from kit.drivers.uvm.types import BLOCK_PAGES, CPU, FEW_RUNS, GPU, PAGE_SHIFT, VaBlock
+from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.memory.columns import copy, marked
-from kit.memory.table.pagemask import PageMask, bools, cut_runs, first_page, from_pages, holds, run_count, runs
+from kit.memory.table.pagemask import PageMask, bools, cut_runs, from_pages, holds, runs
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -116,12 +114,8 @@ def _copy(block: VaBlock, dest: int, mask: PageMask) -> None:
     if there < 0 or here < 0:
         moved = bools(mask, block.pages)
         into[block.frames[dest][moved]] = source[block.frames[1 - dest][moved]]
-    elif run_count(mask) <= FEW_RUNS:
-        for first, count in runs(mask):
-            copy(into, there + first, source, here + first, here + first + count)
     else:
-        pages, moved = block.pages, bools(mask, block.pages)
-        np.copyto(into[there : there + pages], source[here : here + pages], where=moved[:, None])
+        copy(into, there, source, here, runs(mask))
 
 
 def block_settle(block: VaBlock, processor: int, mask: PageMask) -> None:
@@ -129,11 +123,10 @@ def block_settle(block: VaBlock, processor: int, mask: PageMask) -> None:
     va_space = block.range.va_space
     content, slot = va_space.content, block.slot[GPU]
     pool, base = (va_space.host, va_space.gpu.frames)[processor], block.base(processor)
-    if base >= 0 and run_count(mask) <= FEW_RUNS and not block.clean:
-        for first, count in runs(mask):
-            content.settle_run(slot + first, slot + first + count, pool, base + first)
+    if not marked(content.marks, slot, runs(mask)):
         return
-    if not marked(content.marks, slot + first_page(mask), slot + mask.bit_length()):
+    if base >= 0 and not block.clean:
+        content.settle_runs(slot, runs(mask), pool, base)
         return
     pages = (content.dirty[slot : slot + block.pages] & bools(mask, block.pages)).nonzero()[0]
     if len(pages):

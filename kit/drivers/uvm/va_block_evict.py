@@ -37,7 +37,7 @@ def uvm_va_block_evict_chunks(block: VaBlock, thread: Thread, root: RootChunk) -
     for chunk in chunks:
         chunk.block = None  # uvm_pmm_gpu_mark_chunk_evicted
         del block.gpu_chunks[chunk.page_index]
-        fill(block.frames[GPU], chunk.page_index, chunk.page_index + chunk.pages, -1)
+        fill(block.frames[GPU], chunk.page_index, ((0, chunk.pages),), -1)
     block.evicted = True
 
 

@@ -14,7 +14,7 @@ from kit.drivers.uvm.types import (
     VaSpace,
 )
 from kit.drivers.uvm.va_block_ptes import downgrade_membar, push_ptes
-from kit.memory.space.vm_insert import insert_run, zap_run
+from kit.memory.space.vm_insert import insert_runs, zap_runs
 from kit.memory.table.pagemask import EMPTY, PageMask, runs
 from kit.sim.engine import Thread
 from kit.sim.trace import step
@@ -54,10 +54,9 @@ def block_unmap_cpu(block: VaBlock, thread: Thread, mask: PageMask) -> None:
     """unmap_mapping_range per contiguous run; synchronous (uvm_va_block.c)."""
     va_space = block.range.va_space
     costs = va_space.gpu.costs
-    vma, slot, base = block.range.vma, block.slot[CPU], block.base(CPU)
-    for first, count in runs(mask):
+    for _, count in runs(mask):
         thread.charge(costs.unmap_cpu_run + count * costs.unmap_cpu_page)
-        zap_run(vma, slot + first, count, base + first if base >= 0 else -1)
+    zap_runs(block.range.vma, block.slot[CPU], runs(mask), block.base(CPU))
 
 
 @step
@@ -99,15 +98,11 @@ def block_map_cpu_to(block: VaBlock, thread: Thread, mask: PageMask, prot: int) 
     """Insert CPU entries page by page, once the block's GPU work is over (uvm_va_block.c)."""
     va_space = block.range.va_space
     thread.now = max(thread.now, block.tracker)
-    vma, slot, base, write = block.range.vma, block.slot[CPU], block.base(CPU), prot > READ_ONLY
+    vma, slot = block.range.vma, block.slot[CPU]
     lower = mask & block.pte[CPU][READ_ONLY]
     if lower:  # an entry gives way to one with more rights
-        for first, count in runs(lower):
-            zap_run(vma, slot + first, count)
-    for first, count in runs(mask):
-        stop = first + count
-        pfns = slice(base + first, base + stop) if base >= 0 else block.frames[CPU][first:stop]
-        insert_run(vma, slot + first, count, pfns, write)
+        zap_runs(vma, slot, runs(lower))
+    insert_runs(vma, slot, runs(mask), block.frames[CPU], prot > READ_ONLY, block.base(CPU))
     thread.charge(mask.bit_count() * va_space.gpu.costs.map_cpu_page)
 
 

@@ -78,7 +78,7 @@ def block_populate_pages_cpu(block: VaBlock, thread: Thread, wanted: PageMask) -
         if region(first, count) & ~(block.resident[CPU] | block.resident[GPU]):
             va_space.host.zero(slice(frame, frame + count))
             thread.charge(count * costs.cpu_zero_page)
-        ramp(frames, first, first + count, frame)
+        ramp(frames, first, ((0, count),), frame)
         block.cpu_chunks[first] = (frame, count, each)
         held |= region(first, count)
         todo &= ~held
@@ -151,7 +151,7 @@ def block_populate_gpu_chunk(block: VaBlock, thread: Thread, context: BlockConte
     block_zero_new_gpu_chunk(block, thread, chunk, first)
     gpu.pmm.own(chunk, block, first)
     block.gpu_chunks[first], frame = chunk, chunk.frame
-    ramp(block.frames[GPU], first, first + pages, frame)
+    ramp(block.frames[GPU], first, ((0, pages),), frame)
     gpu.frames.ensure(frame + pages)
     context.used_chunks.append(chunk)
     return NV_OK

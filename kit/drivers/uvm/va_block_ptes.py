@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.types import (
     BIG_PAGES,
     BLOCK_PAGES,
-    FEW_RUNS,
     GPU,
     READ_ONLY,
     VaBlock,
 )
 from kit.memory.columns import copy, fill
-from kit.memory.table.pagemask import EMPTY, PageMask, bools, run_count, runs, whole_units
+from kit.memory.table.pagemask import EMPTY, PageMask, runs, whole_units
 from kit.sim.engine import Thread
 
 __all__ = ["downgrade_membar", "push_ptes"]
@@ -48,16 +45,9 @@ def push_ptes(
 def _write_ptes(block: VaBlock, gpu: Gpu, mask: PageMask, prot: int, location: int) -> int:
     """Update the GPU's table and return how many entries of which size had to be written."""
     table, slot = gpu.table, block.slot[GPU]
-    if run_count(mask) <= FEW_RUNS:
-        for first, count in runs(mask):
-            fill(table.rights, slot + first, slot + first + count, prot)
-            if prot:
-                copy(table.frame, slot + first, block.frames[location], first, first + count)
-    else:
-        at = bools(mask, block.pages)
-        table.window(slot, block.pages)[at] = prot
-        if prot:
-            np.copyto(table.frame[slot : slot + block.pages], block.frames[location], where=at)
+    fill(table.rights, slot, runs(mask), prot)
+    if prot:
+        copy(table.frame, slot, block.frames[location], 0, runs(mask))
     return _pte_sizes(block, mask, prot, location)
 
 

@@ -7,8 +7,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.columns import fill, marked, ramp_where
+from kit.memory.columns import fill, ramp_where
 from kit.memory.physical.frames import Frames
+from kit.memory.types import Runs
 
 __all__ = ["Content"]
 
@@ -58,18 +59,17 @@ class Content:
         self.stamps[slots] = stamps
         frames.write(where, stamps)
 
-    def settle_run(self, first: int, stop: int, frames: Frames, frame: int) -> None:
-        """`settle` for those of slots [first, stop) that were written; the pages have consecutive frames."""
-        if not marked(self.marks, first, stop):
-            return
+    def settle_runs(self, slot: int, runs: Runs, frames: Frames, base: int) -> None:
+        """`settle` for the written ones of runs of pages; page 0 has `slot` and frame `base`, and so on from there."""
         if frames.words > 1:
-            pages = self.dirty[first:stop].nonzero()[0]
-            self.settle(pages + first, frames, pages + frame)
+            pages = np.concatenate([np.arange(first, first + count) for first, count in runs])
+            pages = pages[self.dirty[pages + slot]]
+            self.settle(pages + slot, frames, pages + base)
             return
-        stamp = self._next() + first
-        ramp_where(self.stamps, first, stop, stamp, self.dirty, first)
-        ramp_where(frames.payload, frame, frame + stop - first, stamp, self.dirty, first)
-        fill(self.dirty, first, stop, 0)
+        stamp = self._next() + slot
+        ramp_where(self.stamps, slot, runs, stamp, self.dirty, slot)
+        ramp_where(frames.payload, base, runs, stamp, self.dirty, slot)
+        fill(self.dirty, slot, runs, 0)
 
     def _next(self) -> int:
         """Return the stamp of slot 0 in a new settlement."""

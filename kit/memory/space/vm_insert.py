@@ -10,16 +10,15 @@ from numpy.typing import NDArray
 
 from kit.errors import Errno
 from kit.memory.columns import add, count
-from kit.memory.types import VM_MIXEDMAP, VM_SHARED, Bit, Kind
+from kit.memory.types import VM_MIXEDMAP, VM_SHARED, Bit, Kind, Runs
 from kit.sim.trace import step
 
 if TYPE_CHECKING:
     from kit.memory.space.vma import Vma
     from kit.sim.engine import Thread
 
-__all__ = ["insert_run", "vm_insert_pages", "zap_run"]
+__all__ = ["insert_runs", "vm_insert_pages", "zap_runs"]
 
-Frames = slice | NDArray[np.int32]
 _NONE: Final = int(Kind.NONE)
 _OPEN: Final = Bit.YOUNG | Bit.WRITABLE
 _ONE: Final = 0x1_0000_0001  # a reference and a mapping: `PageAllocator.counts`
@@ -46,48 +45,56 @@ def vm_insert_pages(vma: Vma, thread: Thread, page: int, pfns: NDArray[np.intege
     return 0
 
 
-def insert_run(vma: Vma, slot: int, pages: int, pfns: Frames, write: bool) -> None:
+def insert_runs(vma: Vma, slot: int, runs: Runs, frames: NDArray[np.int32], write: bool, base: int = -1) -> None:
     """`vm_insert_pages` for a driver that has reserved its area's rows and records steps of its own.
 
     Parameters
     ----------
-    slot, pages : int
-        The entries, which are empty (`zap_run`).
-    pfns : slice, or ndarray of int32, shape (pages,)
-        Single pages of the driver's, each once.
+    slot, runs : int, sequence of (int, int)
+        The entry of page 0, and the runs of pages whose entries, which are empty (`zap_runs`), are made.
+    frames : ndarray of int32
+        The frame of each page: single pages of the driver's, each once.
     write : bool
         Whether they may be written.
+    base : int, optional
+        The frame of page 0, if frames follow one another as pages do: that saves time.
     """
-    mm, stop = vma.mm, slot + pages
-    table, memory = mm.table, mm.memory
-    if isinstance(pfns, slice):
-        add(memory.counts, pfns.start, pfns.stop, _ONE)
+    mm, memory, pages = vma.mm, vma.mm.memory, _count(runs)
+    if base >= 0:
+        add(memory.counts, base, runs, _ONE)
     else:
-        memory.counts[pfns] += _ONE
-    table.set_present(slot, stop, _OPEN if write else Bit.YOUNG, pfns)
+        memory.counts[np.concatenate([frames[first : first + each] for first, each in runs])] += _ONE
+    mm.table.set_present(slot, runs, _OPEN if write else Bit.YOUNG, frames)
     mm.rss["file"] += pages
 
 
-def zap_run(vma: Vma, slot: int, pages: int, held: int = -1) -> None:
-    """Remove entries made by `insert_run`, as far as they are there (unmap_mapping_range of one area).
+def zap_runs(vma: Vma, slot: int, runs: Runs, base: int = -1) -> None:
+    """Remove entries made by `insert_runs`, as far as they are there (unmap_mapping_range of one area, run by run).
 
     Parameters
     ----------
-    held : int, optional
-        The first of as many pages in a row that are mapped where all entries are there, if the driver has not let go
-        of any: that saves time.
+    base : int, optional
+        The frame of page 0, if frames follow one another and the driver has not let go of any: that saves time.
     """
-    mm, stop = vma.mm, slot + pages
-    table, memory = mm.table, mm.memory
-    there = pages - count(table.kind, slot, stop, _NONE)
+    mm, memory, pages = vma.mm, vma.mm.memory, _count(runs)
+    table = mm.table
+    there = pages - count(table.kind, slot, runs, _NONE)
     mm.rss["file"] -= there
-    if held >= 0 and there == pages:
-        table.clear_run(slot, stop)
-        add(memory.counts, held, held + pages, -_ONE)
+    if base >= 0 and there == pages:
+        table.clear_runs(slot, runs)
+        add(memory.counts, base, runs, -_ONE)
         return
-    pfns = table.frame[slot:stop][table.kind[slot:stop] != Kind.NONE]
-    table.clear_run(slot, stop)
+    slots = np.concatenate([np.arange(slot + first, slot + first + each) for first, each in runs])
+    pfns = table.frame[slots[table.kind[slots] != Kind.NONE]]
+    table.clear_runs(slot, runs)
     memory.counts[pfns] -= _ONE
     if np.count_nonzero(memory.counts[pfns]) < there:  # the driver has let go of some before
         memory.refcount[pfns] += 1
         memory.put(pfns)
+
+
+def _count(runs: Runs) -> int:
+    pages = 0
+    for _, each in runs:
+        pages += each
+    return pages

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.columns import fill, ramp
+from kit.memory.columns import copy, fill
 from kit.memory.table.leaf_tables import LeafTables, Slots
-from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, Bit, Kind, Leaf
+from kit.memory.types import HPAGE_PMD_NR, HPAGE_PMD_ORDER, Bit, Kind, Leaf, Runs
 
 __all__ = ["CpuTable"]
 
@@ -58,22 +58,19 @@ class CpuTable(LeafTables):
         self.kind[slots], self.bits[slots], self.frame[slots] = kind, bits, frames
         self._set_rights(slots, kind, bits)
 
-    def set_present(self, first: int, stop: int, bits: int, frames: slice | NDArray[np.int32]) -> None:
-        """`set_entries` for present entries of slots [first, stop) that are alike."""
-        fill(self.kind, first, stop, _PRESENT)
-        fill(self.bits, first, stop, bits)
-        fill(self.rights, first, stop, 1 + (bits & _WRITABLE))
-        if isinstance(frames, slice):
-            ramp(self.frame, first, stop, frames.start)
-        else:
-            self.frame[first:stop] = frames
+    def set_present(self, slot: int, runs: Runs, bits: int, frames: NDArray[np.int32]) -> None:
+        """`set_entries` for present entries that are alike: runs of pages from `slot` on, with frames by page."""
+        fill(self.kind, slot, runs, _PRESENT)
+        fill(self.bits, slot, runs, bits)
+        fill(self.rights, slot, runs, 1 + (bits & _WRITABLE))
+        copy(self.frame, slot, frames, 0, runs)
 
-    def clear_run(self, first: int, stop: int) -> None:
-        """`clear` for slots [first, stop)."""
-        fill(self.kind, first, stop, _NONE)
-        fill(self.bits, first, stop, 0)
-        fill(self.rights, first, stop, 0)
-        fill(self.frame, first, stop, -1)
+    def clear_runs(self, slot: int, runs: Runs) -> None:
+        """`clear` for runs of pages from `slot` on."""
+        fill(self.kind, slot, runs, _NONE)
+        fill(self.bits, slot, runs, 0)
+        fill(self.rights, slot, runs, 0)
+        fill(self.frame, slot, runs, -1)
 
     def set_bits(self, slots: Slots, bits: NDArray[np.integer] | int) -> None:
         """Replace the bits of entries, keeping kind and frame."""

@@ -125,10 +125,6 @@ class PageTable:
                 raise ValueError(f"pages {first:#x}..{first + count - 1:#x}: leaf tables are not consecutive")
         return start * leaf + first % leaf
 
-    def window(self, slot: int, count: int) -> NDArray[np.uint8]:
-        """Return the live rights of `count` pages from `slot`; valid until tables are added."""
-        return self.rights[slot : slot + count]
-
     def map(self, slot: int, count: int, frames: NDArray[np.integer] | int, right: int) -> None:
         """Write `count` entries from `slot`: consecutive frames from an int, or an array of frames."""
         at = slice(slot, slot + count)
