@@ -141,6 +141,8 @@ def bit(page: int) -> PageMask:
 def region(first: int, count: int) -> PageMask:
     """See `kit.memory.table.pagemask.region`."""
     lo: i64 = first
+    if lo < 0:
+        raise ValueError(f"negative page {lo}")
     hi = lo + count
     return PageMask(
         words.below(hi) & ~words.below(lo), words.below(hi - 64) & ~words.below(lo - 64),
@@ -153,6 +155,8 @@ def region(first: int, count: int) -> PageMask:
 def holds(mask: PageMask, page: int) -> bool:
     """See `kit.memory.table.pagemask.holds`."""
     at: i64 = page
+    if at < 0:
+        raise ValueError(f"negative page {at}")
     return mask.word(at >> 6) >> (at & 63) & 1 != 0
 
 

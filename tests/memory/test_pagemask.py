@@ -111,6 +111,13 @@ def test_units_are_sixteen_pages_together(form: ModuleType, pages: set[int]) -> 
 
 
 @both
+def test_there_is_no_page_below_the_first(form: ModuleType) -> None:
+    for ask in (lambda: form.holds(form.region(0, 9), -1), lambda: form.bit(-1), lambda: form.region(-2, 4)):
+        with pytest.raises(ValueError, match="negative"):
+            ask()
+
+
+@both
 @given(pages=PAGES)
 def test_one_run_is_a_slice_and_several_are_none(form: ModuleType, pages: set[int]) -> None:
     mask, first = mask_of(form, pages), min(pages, default=0)

@@ -83,7 +83,9 @@ def service_fault_batch_dispatch(gpu: Gpu, thread: Thread, batch: FaultBatch, at
     if block is None:
         service_fault_batch_fatal_notify(gpu, thread, batch, at)
         return bisect_right(batch.page, page, at)
-    end = bisect_left(batch.page, block.first + block.pages, at)
+    end, past = at + 1, block.first + block.pages
+    if end < len(batch.page) and batch.page[end] < past:
+        end = bisect_left(batch.page, past, end)
     yield from service_fault_batch_block(gpu, thread, batch, block, at, end)
     return end
 
@@ -157,7 +159,7 @@ def _take_faults(
         pages &= ~rights[prot]  # where the GPU already has the right the fault is spurious
         context.wanted[prot] |= pages
         context.faulted |= pages
-    if block.thrashing is not None and block.thrashing.page is not None:
+    if context.faulted and block.thrashing is not None and block.thrashing.page is not None:
         _thrashing_hints(gpu, thread, batch, block, context)
 
 

@@ -40,6 +40,9 @@ class Fight:
             self.rounds(1)
         raise AssertionError("never pinned")
 
+    def hints(self) -> int:
+        return self.h.count("uvm_perf_thrashing_get_hint")
+
     def events(self, name: str) -> int:
         return self.h.count(f"UvmEventType{name}")
 
@@ -155,6 +158,19 @@ def test_other_pages_of_the_batch_are_served_meanwhile() -> None:
     last = max(s["start"] for s in f.h.spans("UvmEventTypeMigration") if int(s["va"]) // 4096 == f.page[0])
     assert 300 not in done or done[300] < last
     assert f.h.where(f.r)[300] == "G"
+
+
+@pytest.mark.parametrize(("asked", "hints"), [([511], 0), ([511, 301], 1), ([301], 1)])
+def test_a_fault_that_is_spurious_asks_for_no_hint(asked: list[int], hints: int) -> None:
+    f = Fight()
+    while f.info is None or f.info.page is None:
+        f.rounds(1)
+    f.h.wait(1000)
+    f.h.kernel(pages(f.r, [PAGE, 300, 511]))
+    before = f.hints()
+    f.h.faults(pages(f.r, asked))
+    assert f.hints() - before == hints
+    f.h.check()
 
 
 def test_thrashing_pages_are_not_prefetched() -> None:
