@@ -245,6 +245,24 @@ def test_the_huge_zero_page_is_written_away(world: World) -> None:
     world.check()
 
 
+@pytest.mark.parametrize("prot", [PROT_NONE, PROT_READ])
+def test_a_part_of_the_huge_zero_page_keeps_the_rights_of_the_whole(world: World, prot: int) -> None:
+    pages = world.map(HUGE)
+    world.advise(pages, MADV_HUGEPAGE)
+    world.load(pages)
+    world.run(mprotect(world.mm, world.thread, int(pages[0]) * PAGE, HUGE, prot))
+    world.run(munmap(world.mm, world.thread, int(pages[0]) * PAGE, PAGE))
+    assert world.frames(pages[1:2])[0] == ZERO_PFN
+    if prot == PROT_READ:
+        assert world.load(pages[1:]) == [0] * 511
+    else:
+        with pytest.raises(DriverError, match="SIGSEGV"):
+            world.load(pages[1:2])
+    with pytest.raises(DriverError, match="SIGSEGV"):
+        world.store(pages[1:2], 1)
+    world.check()
+
+
 def test_collapse_copies_small_pages_into_a_huge_one(world: World) -> None:
     pages = world.map(HUGE)
     world.store(pages[:300], pages[:300])

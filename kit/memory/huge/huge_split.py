@@ -45,7 +45,8 @@ def split_huge_pmd_locked(mm: Mm, thread: Thread, number: int) -> None:
     table.split_leaf(row)
     thread.charge(mm.costs.pte_write * HPAGE_PMD_NR + mm.costs.tlb_flush)
     if kind == Kind.PRESENT and head == memory.huge_zero:
-        table.set_entries(slots, Kind.PRESENT, Bit.SPECIAL | Bit.YOUNG, ZERO_PFN)
+        rights = int(table.bits[slots.start]) & Bit.PROTNONE  # those of the area, as vm_page_prot has them
+        table.set_entries(slots, Kind.PRESENT, Bit.SPECIAL | Bit.YOUNG | rights, ZERO_PFN)
         return
     if kind in (Kind.PRESENT, Kind.DEVICE_PRIVATE):
         if kind == Kind.PRESENT and int(table.bits[slots.start]) & Bit.DIRTY:
