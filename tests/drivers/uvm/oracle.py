@@ -111,7 +111,12 @@ class Oracle:
             self.release(root, offset, size)
 
     def settle(self, destination: str, block: Block, wanted: set[int]) -> None:
-        """After the copies: residency, mappings, the order of eviction."""
+        """After the copies: residency, mappings, the order of eviction.
+
+        Memory goes to the unused when its last page leaves; what is empty already stays where it is among them
+        (block_clear_resident_processor).
+        """
+        held = "gpu" in block.at.values()
         for page in wanted:
             block.at[page] = destination
             (block.cpu_mapped.add if destination == "cpu" else block.cpu_mapped.discard)(page)
@@ -119,7 +124,7 @@ class Oracle:
             root = block.gpu_memory[0][0]
             if destination == "gpu":
                 self.relist(root, self.used)
-            elif "gpu" not in block.at.values():
+            elif held and "gpu" not in block.at.values():
                 self.relist(root, self.unused)
 
     def copy(self, destination: str, block: Block, wanted: set[int], faulted: set[int], why: str) -> None:

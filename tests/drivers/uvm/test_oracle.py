@@ -136,6 +136,12 @@ def test_a_batch_that_runs_out_of_memory_serves_no_further_block() -> None:
         compare([(104, 0), (1, 0), (last, 100)], steps, roots=1, prefetch_threshold=2, fault_batch_count=256)
 
 
+def test_memory_that_is_empty_already_keeps_its_place_among_the_unused() -> None:
+    """Both ranges have left the GPU; then the CPU touches the first one again, where nothing was yet."""
+    there_and_back: list[Step] = [(kind, which, [0], True) for which in (0, 1) for kind in ("cpu", "gpu", "cpu")]
+    compare([(512, 0), (512, 0)], [*there_and_back, ("cpu", 0, [256], False)], roots=2, prefetch_threshold=4)
+
+
 def test_a_page_that_the_retry_finds_evicted_is_a_fault_again() -> None:
     """Page 0 is there when the batch begins; memory for page 336 is what takes it away."""
     steps: list[Step] = [("cpu", 0, [0], False), *(("gpu", which, [0], False) for which in (1, 2, 0))]
