@@ -50,8 +50,6 @@ def uvm_va_range_set_preferred_location(va_range: VaRange, thread: Thread, locat
     for block in list(va_range.blocks.values()):
         if old is not None and old in policy.accessed_by:
             yield from uvm_va_block_set_accessed_by(block, thread, old)
-        if location is None:
-            continue
         yield from block.lock.acquire(thread)
         uvm_va_block_set_preferred_location_locked(block, thread, location)
         tracker = max(tracker, block.tracker)
@@ -60,14 +58,16 @@ def uvm_va_range_set_preferred_location(va_range: VaRange, thread: Thread, locat
 
 
 @step
-def uvm_va_block_set_preferred_location_locked(block: VaBlock, thread: Thread, location: int) -> None:
+def uvm_va_block_set_preferred_location_locked(block: VaBlock, thread: Thread, location: int | None) -> None:
     """From now on the location maps only what is local to it (uvm_va_block.c)."""
     preferred_location_unmap_remote_pages(block, thread, location)
 
 
 @step
-def preferred_location_unmap_remote_pages(block: VaBlock, thread: Thread, location: int) -> None:
+def preferred_location_unmap_remote_pages(block: VaBlock, thread: Thread, location: int | None) -> None:
     """Remove its mappings of pages that live elsewhere (uvm_policy.c)."""
+    if location is None:
+        return
     remote = block.mapped(location) & ~block.resident[location]
     if remote:
         uvm_va_block_unmap(block, thread, location, remote)

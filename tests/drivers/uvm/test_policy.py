@@ -194,6 +194,15 @@ def test_preferred_location_moves_nothing_and_removes_its_remote_mappings() -> N
     h.check()
 
 
+@pytest.mark.parametrize("advice", ["preferred_cpu", "unpreferred_gpu"])
+def test_a_change_of_preferred_location_waits_for_the_blocks_work(advice: str) -> None:
+    h, r, block = ready("preferred_gpu", "G")
+    block.tracker = h.engine.now + 500
+    h.advise(advice, r.first, 512)
+    assert h.engine.now == block.tracker
+    h.check()
+
+
 def test_accessed_by_maps_now_and_after_every_move() -> None:
     h, r, block = ready()
     h.advise("accessed_by_gpu", r.first, 512)
