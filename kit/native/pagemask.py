@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 from librt.strings import BytesWriter, read_i64_le, write_i64_le
+from librt.vecs import append, vec
 from mypy_extensions import i64, mypyc_attr
 from numpy.typing import NDArray
 
@@ -18,8 +19,8 @@ from kit.native import words
 from kit.native.words import HALF
 
 __all__ = [
-    "EMPTY", "PageMask", "bit", "bools", "cut_runs", "first_page", "from_bools", "from_pages", "holds", "pages_of",
-    "region", "region_weight", "run_count", "run_of", "runs", "units", "whole_units",
+    "EMPTY", "PageMask", "bit", "bools", "cut_counts", "cut_runs", "first_page", "from_bools", "from_pages", "holds",
+    "pages_of", "region", "region_weight", "run_count", "run_of", "runs", "units", "whole_units",
 ]  # fmt: skip
 
 WORDS: Final = 8
@@ -232,14 +233,26 @@ _LAST: Final = _Last()
 def runs(mask: PageMask) -> tuple[tuple[int, int], ...]:
     """See `kit.memory.table.pagemask.runs`."""
     last = _LAST
-    if last.mask != mask:
+    if last.mask is not mask and last.mask != mask:
         last.mask, last.runs = mask, tuple(cut_runs(mask, EMPTY))
     return last.runs
 
 
 def cut_runs(mask: PageMask, apart: PageMask) -> list[tuple[int, int]]:
     """See `kit.memory.table.pagemask.cut_runs`."""
-    found: list[tuple[int, int]] = []
+    cut = _cut(mask, apart)
+    return [(int(cut[at]), int(cut[at + 1])) for at in range(0, len(cut), 2)]
+
+
+def cut_counts(mask: PageMask, apart: PageMask) -> list[int]:
+    """See `kit.memory.table.pagemask.cut_counts`."""
+    cut = _cut(mask, apart)
+    return [int(cut[at]) for at in range(1, len(cut), 2)]
+
+
+def _cut(mask: PageMask, apart: PageMask) -> vec[i64]:
+    """Return the first page and the number of pages of each run of `cut_runs`, one after the other."""
+    found = vec[i64](capacity=16)
     first: i64 = 0
     within = False
     one: i64 = 0  # the last page of the word before: inside `apart`, outside
@@ -260,14 +273,14 @@ def cut_runs(mask: PageMask, apart: PageMask) -> list[tuple[int, int]]:
                 low = todo & -todo
                 page = base + words.low(todo)
                 if within:
-                    found.append((int(first), int(page - first)))
+                    found = append(append(found, first), page - first)
                 if turns & low != 0:
                     within = not within
                 first = page
                 todo ^= low
             cut, edge, base = cut >> 32 & HALF, edge >> 32 & HALF, base + 32
     if within:
-        found.append((int(first), int((WORDS << 6) - first)))
+        found = append(append(found, first), (WORDS << 6) - first)
     return found
 
 

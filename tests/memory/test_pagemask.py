@@ -143,6 +143,8 @@ def test_runs_are_the_maximal_runs_of_the_set(form: ModuleType, pages: set[int])
 def test_cut_runs_are_cut_at_the_other_pages(form: ModuleType, pages: set[int], apart: set[int]) -> None:
     found = form.cut_runs(mask_of(form, pages), mask_of(form, apart))
     assert found == cut(pages, apart) and all(type(number) is int for run in found for number in run)
+    counts = form.cut_counts(mask_of(form, pages), mask_of(form, apart))
+    assert counts == [count for _, count in found] and all(type(count) is int for count in counts)
 
 
 def test_both_forms_offer_the_same() -> None:

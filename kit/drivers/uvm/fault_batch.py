@@ -137,8 +137,8 @@ def preprocess_fault_batch(gpu: Gpu, thread: Thread, batch: FaultBatch) -> None:
     count = len(batch.page)
     thread.charge(count * gpu.costs.preprocess_entry)
     if batch.ascending is None and not _in_order(batch.page):
-        rank = [(page << 3) - access for page, access in zip(batch.page, batch.access, strict=True)]
-        batch.pick(sorted(range(count), key=rank.__getitem__))
+        rank = (np.array(batch.page, np.int64) << 3) - np.array(batch.access, np.int64)
+        batch.pick(rank.argsort(kind="stable").tolist())
 
 
 def _in_order(pages: Sequence[int]) -> bool:

@@ -9,7 +9,7 @@ from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
 from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, VaBlock
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.memory.columns import copy, marked
-from kit.memory.table.pagemask import PageMask, bools, cut_runs, from_pages, holds, runs
+from kit.memory.table.pagemask import PageMask, bools, cut_counts, cut_runs, from_pages, holds, runs
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
@@ -62,7 +62,7 @@ def block_copy_resident_pages_between(
         if not mask:
             return
     cause = TOOLS_CAUSE[context.cause]
-    counts = [count for _, count in cut_runs(mask, prefetched)]
+    counts = cut_counts(mask, prefetched)
     if dest == GPU:
         times, channel, actor = gpu.copy_htod, gpu.cpu_to_gpu, "copy HtoD"
     else:

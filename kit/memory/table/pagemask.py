@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "EMPTY", "PageMask", "bit", "bools", "cut_runs", "first_page", "from_bools", "from_pages", "holds", "pages_of",
-    "region", "region_weight", "run_count", "run_of", "runs", "units", "whole_units",
+    "EMPTY", "PageMask", "bit", "bools", "cut_counts", "cut_runs", "first_page", "from_bools", "from_pages", "holds",
+    "pages_of", "region", "region_weight", "run_count", "run_of", "runs", "units", "whole_units",
 ]  # fmt: skip
 
 PageMask: TypeAlias = int  # at most 512 pages; ``~mask`` is for what ``&`` follows
@@ -102,6 +102,11 @@ def cut_runs(mask: PageMask, apart: PageMask) -> list[tuple[int, int]]:
     """Return (first page, pages) of each run, ascending, cut where it enters or leaves the pages of `apart`."""
     starts, ends = (_positions(bits) for bits in _cuts(mask, apart))
     return [(first, end - first) for first, end in zip(starts, ends, strict=True)]
+
+
+def cut_counts(mask: PageMask, apart: PageMask) -> list[int]:
+    """Return the number of pages of each run of `cut_runs`."""
+    return [count for _, count in cut_runs(mask, apart)]
 
 
 def from_pages(pages: Sequence[int] | NDArray[np.integer]) -> PageMask:
