@@ -13,7 +13,7 @@ from kit.drivers.uvm.fault_buffer import FaultBuffer
 from kit.drivers.uvm.hal import FAMILIES
 from kit.drivers.uvm.module import ModuleParameters
 from kit.drivers.uvm.pmm_gpu import Pmm
-from kit.drivers.uvm.types import BLOCK_PAGES
+from kit.drivers.uvm.types import BLOCK_PAGES, READ_WRITE
 from kit.errors import ParameterError
 from kit.memory.physical.frames import Frames
 from kit.memory.table.pagemask import PageMask, bools, run_count
@@ -127,7 +127,7 @@ class Gpu:
         self.group_has_copies = bool(machine["group_has_copies"])
         self.bottom_half: Thread | None = None
         self.unwatched: Thread | None = None  # whose pushes end before anybody can look at the table (`launch`)
-        self._unwritten: list[tuple[float, int, int, list[PageMask]]] = []  # what pushed entries replace
+        self._unwritten: list[tuple[float, int, int, int, list[PageMask]]] = []  # what pushed entries replace
         self.cancelled: dict[int, str] = {}  # page -> reason
         self.cancelled_all = ""
         self.va_space: VaSpace | None = None
@@ -141,10 +141,10 @@ class Gpu:
             units = 1
         return units * float(self.costs.tlb_invalidate)
 
-    def written_at(self, time: float, slot: int, pages: int, before: list[PageMask]) -> None:
+    def written_at(self, time: float, first: int, slot: int, pages: int, before: list[PageMask]) -> None:
         """A block's entries are written at `time`: until then the GPU finds those of before, masks by right."""
         self._forget_written(self.engine.now)
-        self._unwritten.append((time, slot, pages, before))
+        self._unwritten.append((time, first, slot, pages, before))
 
     def rights_at(self, now: float) -> NDArray[np.uint8]:
         """Return the rights that the GPU finds in its table at a time, by slot; not to be written to."""
@@ -152,9 +152,19 @@ class Gpu:
         rights = self.table.rights
         if self._unwritten:
             rights = rights.copy()
-            for _, slot, pages, before in reversed(self._unwritten):
+            for _, _, slot, pages, before in reversed(self._unwritten):
                 rights[slot : slot + pages] = sum(bools(mask, pages).view(np.uint8) for mask in before)
         return rights
+
+    def written_late(self, dirty: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+        """Return pages that were written, by slot, though entries that have been pushed do not allow it any more."""
+        found = []
+        for _, first, slot, pages, _ in self._unwritten:
+            rows = slice(slot, slot + pages)
+            late = dirty[rows] & (self.table.rights[rows] < READ_WRITE)
+            if late.any():
+                found.append(first + late.nonzero()[0])
+        return found
 
     def _forget_written(self, now: float) -> None:
         unwritten = self._unwritten

@@ -18,6 +18,7 @@ from kit.drivers.uvm.fault_buffer import Column
 from kit.drivers.uvm.gpu import Gpu
 from kit.drivers.uvm.replays import BATCH_FLUSH, ONCE
 from kit.drivers.uvm.types import PAGE_SHIFT, PREFETCH, VaSpace
+from kit.drivers.uvm.va_block_copy import settle_late
 from kit.drivers.uvm.watchdog import Watchdog
 from kit.memory.physical.content import Content
 from kit.sim.engine import Wait
@@ -119,6 +120,8 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
         quiet = alone and running and gpu.fault_buffer.get == gpu.fault_buffer.put
         horizon = FOREVER if quiet else HORIZON
         spent, misses = kernel.advance(gpu.rights_at(engine.now), va_space.content, horizon, retry)
+        for pages in gpu.written_late(va_space.content.dirty):
+            settle_late(va_space, pages)
         if misses is not None:
             if not gpu.hal.replayable_faults and (killed := _mmu_fault(misses)):
                 yield from engine.pause(spent + gpu.costs.interrupt)

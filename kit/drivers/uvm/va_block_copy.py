@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kit.drivers.uvm.perf_thrashing_events import thrashing_notify_migration
-from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, VaBlock
+from kit.drivers.uvm.types import BLOCK_PAGES, CPU, GPU, PAGE_SHIFT, VaBlock, VaSpace
 from kit.drivers.uvm.va_block_populate import BlockContext
 from kit.memory.columns import copy, marked
 from kit.memory.table.pagemask import PageMask, bools, cut_counts, cut_runs, from_pages, holds, runs
 from kit.sim.engine import Thread
 from kit.sim.trace import step
 
-__all__ = ["block_copy_resident_pages", "block_settle"]
+__all__ = ["block_copy_resident_pages", "block_settle", "settle_late"]
 
 # uvm_make_resident_cause_t -> migration cause that tools see
 TOOLS_CAUSE: Final = {"fault": "coherence", "eviction": "eviction", "api": "user", "range_group": "coherence"}
@@ -116,6 +119,25 @@ def _copy(block: VaBlock, dest: int, mask: PageMask) -> None:
         into[block.frames[dest][moved]] = source[block.frames[1 - dest][moved]]
     else:
         copy(into, there, source, here, runs(mask))
+
+
+def settle_late(va_space: VaSpace, pages: NDArray[np.int64]) -> None:
+    """Bring writes into both copies of pages that are read-duplicated: those writes came before the copying did.
+
+    The push that took the right to write was still to be executed, and the copy is behind it. The pages, ascending,
+    were of one block then, and are of several where advice has split it.
+    """
+    while len(pages):
+        va_range = va_space.find(int(pages[0]))
+        if va_range is None:
+            return  # freed meanwhile
+        block = va_range.blocks[int(pages[0]) // BLOCK_PAGES]
+        inside = pages < block.first + block.pages
+        written = from_pages(pages[inside] - block.first) & block.resident[CPU] & block.resident[GPU]
+        if written:
+            block_settle(block, GPU, written)
+            _copy(block, CPU, written)
+        pages = pages[~inside]
 
 
 def block_settle(block: VaBlock, processor: int, mask: PageMask) -> None:

@@ -39,7 +39,7 @@ def push_ptes(
     thread.charge(costs.push)
     _, block.tracker = gpu.memops.push(thread, duration, after=block.tracker)
     if thread is not gpu.unwatched:
-        gpu.written_at(block.tracker, block.slot[GPU], block.pages, block.pte[GPU][READ_ONLY:])
+        gpu.written_at(block.tracker, block.first, block.slot[GPU], block.pages, block.pte[GPU][READ_ONLY:])
 
 
 def _write_ptes(block: VaBlock, gpu: Gpu, mask: PageMask, prot: int, location: int) -> int:

@@ -253,6 +253,22 @@ def test_read_mostly_on_copies_nothing_and_takes_rights() -> None:
     h.check()
 
 
+def test_a_write_before_the_right_to_it_is_gone_is_in_both_copies() -> None:
+    """The GPU writes while the push that takes its right is still to be executed, and the copy is behind that push."""
+    h = Harness(roots=1, architecture="pascal")
+    r = h.allocate(5)
+    h.advise("read_mostly", r.first, 5)
+    h.kernel([r.first], READ)
+    h.prefetch(r.first, 1, CPU)
+    h.advise("read_mostly", r.first, 1)
+    kernel = h.stream([r.first] * 3, WRITE, lanes=7)
+    h.beside(kernel, h.touching([r.first], False), h.prefetching(r.first, 5, CPU))
+    copy = [s for s in h.spans("UvmEventTypeMigration") if int(s["va"]) // 4096 == r.first][-1]
+    assert copy["start"] > h.spans("gpu_stall")[-1]["end"], "it was written before it was copied"
+    assert h.where(r) == "D" * 5
+    h.check()
+
+
 def test_read_mostly_off_prefers_the_preferred_locations_copy() -> None:
     h, r, _ = ready("read_mostly")
     h.kernel(pages(r, [0, 1]), READ)
