@@ -1,4 +1,4 @@
-"""Rows of columns, by runs of pages: filled, counted up, added to, copied, searched.
+"""Rows of columns, by runs of pages: filled, counted up, added to, copied, searched; and by number: looked up, marked.
 
 A column is a numpy array without gaps, one row for each page, frame or entry; a column of integers has 8, 32 or 64
 bits. Which rows are meant is said by the row of page 0 and by runs, (first page, pages) each, as a mask has them. Where
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kit.memory.types import Runs
 
-__all__ = ["add", "copy", "count", "fill", "marked", "ramp", "ramp_where"]
+__all__ = ["add", "copy", "count", "count_below", "fill", "mark", "marked", "ramp", "ramp_where"]
 
 Column = NDArray[Any]
 
@@ -59,6 +59,19 @@ def ramp_where(column: Column, at: int, runs: Runs, value: int, marks: NDArray[n
     for rows, held in zip(_rows(column, at, runs), _rows(marks, there, runs), strict=True):
         found = marks[held].nonzero()[0]
         column[rows][found] = (found + (rows.start - at + value)).reshape(-1, *(1,) * (column.ndim - 1))
+
+
+def count_below(column: NDArray[np.uint8], rows: NDArray[np.signedinteger], limits: NDArray[np.uint8]) -> int:
+    """Return of how many rows, given by number, the value is below the limit for it; -1 is the last row.
+
+    Numbers have 32 or 64 bits, as in `mark`.
+    """
+    return int(np.count_nonzero(column[rows] < limits))
+
+
+def mark(marks: bytearray, rows: NDArray[np.signedinteger]) -> None:
+    """Set the bytes of rows, given by number, to 1."""
+    np.frombuffer(marks, np.uint8)[rows] = 1
 
 
 def _rows(column: Column | bytearray, at: int, runs: Runs) -> list[slice]:

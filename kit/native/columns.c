@@ -199,11 +199,101 @@ static PyObject *marked(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     }
     Py_RETURN_FALSE;
 }
+/* Numbers of rows: 32 bits each, or 64. */
+typedef struct {
+    const void *data;
+    Py_ssize_t count;
+    int wide;
+} Rows;
+
+static int rows_of(PyObject *given, Rows *rows)
+{
+    PyArrayObject *array = (PyArrayObject *)given;
+    if (PyArray_Check(given) && PyArray_NDIM(array) == 1 && PyArray_ISCARRAY_RO(array)
+        && (PyArray_TYPE(array) == NPY_INT64 || PyArray_TYPE(array) == NPY_INT32)) {
+        rows->data = PyArray_DATA(array);
+        rows->count = PyArray_DIM(array, 0);
+        rows->wide = PyArray_TYPE(array) == NPY_INT64;
+        return 1;
+    }
+    unfit("numbers of rows are an array of int32 or int64 without gaps");
+    return 0;
+}
+
+/* For each number `row[i]`, of either width. */
+#define NUMBERED(statement)                                                       \
+    if (rows.wide) {                                                              \
+        const npy_int64 *row = (const npy_int64 *)rows.data;                      \
+        for (Py_ssize_t i = 0; i < rows.count; i++) statement                     \
+    } else {                                                                      \
+        const npy_int32 *row = (const npy_int32 *)rows.data;                      \
+        for (Py_ssize_t i = 0; i < rows.count; i++) statement                     \
+    }
+
+/* Return the bytes of a column, or NULL with an error set. */
+static const npy_uint8 *bytes_of(PyObject *given, Py_ssize_t *count)
+{
+    PyArrayObject *array = (PyArrayObject *)given;
+    if (PyArray_Check(given) && PyArray_ITEMSIZE(array) == 1 && PyArray_NDIM(array) == 1 && PyArray_ISCARRAY_RO(array)) {
+        *count = PyArray_DIM(array, 0);
+        return (const npy_uint8 *)PyArray_DATA(array);
+    }
+    unfit("a column of bytes without gaps is needed");
+    return NULL;
+}
+
+static PyObject *missing(npy_int64 row, Py_ssize_t rows)
+{
+    return PyErr_Format(PyExc_IndexError, "row %zd of a column of %zd", (Py_ssize_t)row, rows);
+}
+
+static PyObject *count_below(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Py_ssize_t height, limited, found = 0;
+    Rows rows;
+    if (!asked(nargs, 3))
+        return NULL;
+    const npy_uint8 *cell = bytes_of(args[0], &height);
+    const npy_uint8 *limit = cell != NULL && rows_of(args[1], &rows) ? bytes_of(args[2], &limited) : NULL;
+    if (limit == NULL)
+        return NULL;
+    if (limited != rows.count)
+        return unfit("a limit for each row is needed");
+    NUMBERED({
+        npy_int64 at = row[i] < 0 ? row[i] + height : row[i];
+        if ((npy_uint64)at >= (npy_uint64)height)
+            return missing(row[i], height);
+        found += cell[at] < limit[i];
+    })
+    return PyLong_FromSsize_t(found);
+}
+
+static PyObject *mark(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Rows rows;
+    if (!asked(nargs, 2))
+        return NULL;
+    if (!PyByteArray_Check(args[0]))
+        return unfit("marks are a bytearray");
+    if (!rows_of(args[1], &rows))
+        return NULL;
+    Py_ssize_t height = PyByteArray_GET_SIZE(args[0]);
+    char *cell = PyByteArray_AS_STRING(args[0]);
+    NUMBERED(
+        if (row[i] < -height || row[i] >= height)
+            return missing(row[i], height);
+    )
+    NUMBERED(cell[row[i] < 0 ? row[i] + height : row[i]] = 1;)
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"add", (PyCFunction)(void (*)(void))add, METH_FASTCALL, "See kit/memory/columns.py."},
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL, "See kit/memory/columns.py."},
     {"count", (PyCFunction)(void (*)(void))count, METH_FASTCALL, "See kit/memory/columns.py."},
+    {"count_below", (PyCFunction)(void (*)(void))count_below, METH_FASTCALL, "See kit/memory/columns.py."},
     {"fill", (PyCFunction)(void (*)(void))fill, METH_FASTCALL, "See kit/memory/columns.py."},
+    {"mark", (PyCFunction)(void (*)(void))mark, METH_FASTCALL, "See kit/memory/columns.py."},
     {"marked", (PyCFunction)(void (*)(void))marked, METH_FASTCALL, "See kit/memory/columns.py."},
     {"ramp", (PyCFunction)(void (*)(void))ramp, METH_FASTCALL, "See kit/memory/columns.py."},
     {"ramp_where", (PyCFunction)(void (*)(void))ramp_where, METH_FASTCALL, "See kit/memory/columns.py."},
@@ -218,7 +308,8 @@ PyMODINIT_FUNC PyInit_columns(void)
     PyObject *made = PyModule_Create(&module);
     if (made == NULL)
         return NULL;
-    PyObject *names = Py_BuildValue("[sssssss]", "add", "copy", "count", "fill", "marked", "ramp", "ramp_where");
+    PyObject *names = Py_BuildValue(
+        "[sssssssss]", "add", "copy", "count", "count_below", "fill", "mark", "marked", "ramp", "ramp_where");
     if (names == NULL || PyModule_AddObject(made, "__all__", names) < 0) {
         Py_XDECREF(names);
         Py_DECREF(made);

@@ -94,6 +94,34 @@ def test_rows_are_copied_whole(form: ModuleType, kind: Any, words: int, at: int,
     assert (into == wanted).all()
 
 
+@both
+@given(
+    kind=st.sampled_from([np.uint8, np.bool_]),
+    width=st.sampled_from([np.int32, np.int64]),
+    rows=st.lists(st.tuples(st.integers(-ROWS, ROWS - 1), st.integers(0, 255))),
+)
+def test_rows_are_looked_up_by_number(form: ModuleType, kind: Any, width: Any, rows: list[tuple[int, int]]) -> None:
+    column = some(kind)
+    at, limits = (np.array([each[which] for each in rows], dtype) for which, dtype in ((0, width), (1, np.uint8)))
+    assert form.count_below(column, at, limits) == sum(column[row] < limit for row, limit in rows)
+    marks, wanted = bytearray(ROWS), bytearray(ROWS)
+    form.mark(marks, at)
+    for row, _ in rows:
+        wanted[row] = 1
+    assert marks == wanted
+
+
+@both
+@pytest.mark.parametrize("row", [ROWS, -ROWS - 1, 1 << 40, -1 << 63])
+def test_a_row_that_does_not_exist_is_an_error_and_none_is_marked(form: ModuleType, row: int) -> None:
+    rows, marks = np.array([3, row], np.int64), bytearray(ROWS)
+    with pytest.raises(IndexError):
+        form.count_below(some(np.uint8), rows, np.zeros(2, np.uint8))
+    with pytest.raises(IndexError):
+        form.mark(marks, rows)
+    assert not any(marks)
+
+
 def test_large_numbers_are_whole() -> None:
     for form in FORMS:
         column = np.zeros(4, np.uint64)
@@ -147,6 +175,21 @@ def test_what_is_no_column_is_refused_in_c() -> None:
             form.fill(wrong, 0, runs, 1)
     with pytest.raises(TypeError, match="marks are a bytearray"):
         form.marked(column, 0, runs)
+    rows, limits = np.zeros(2, np.int64), np.zeros(2, np.uint8)
+    for wrong in (rows.astype(np.int16), rows[None], np.zeros(4, np.int64)[::2], [0, 0]):
+        with pytest.raises(TypeError, match="numbers of rows"):
+            form.mark(bytearray(ROWS), wrong)
+        with pytest.raises(TypeError, match="numbers of rows"):
+            form.count_below(limits, wrong, limits)
+    for wrong in (limits[None], limits.astype(np.int32), np.zeros(4, np.uint8)[::2], b"ab"):
+        with pytest.raises(TypeError, match="column of bytes"):
+            form.count_below(wrong, rows, limits)
+        with pytest.raises(TypeError, match="column of bytes"):
+            form.count_below(limits, rows, wrong)
+    with pytest.raises(TypeError, match="a limit for each"):
+        form.count_below(limits, rows, limits[:1])
+    with pytest.raises(TypeError, match="marks are a bytearray"):
+        form.mark(limits, rows)
     with pytest.raises(TypeError, match="4 arguments"):
         form.fill(column, 0, runs)
     with pytest.raises(TypeError, match="same type"):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kit.drivers.uvm.fault_buffer import Column
 from kit.drivers.uvm.sm import Misses
 from kit.drivers.uvm.types import PREFETCH
+from kit.memory.columns import count_below
 from kit.memory.physical.content import Content
 
 __all__ = ["Stream", "StreamKernel"]
@@ -44,7 +45,10 @@ class Stream:
         self, name: str, slots: NDArray[np.integer], pages: NDArray[np.int64], access: NDArray[np.int8],
         need: NDArray[np.uint8], cost_us: float,
     ) -> None:  # fmt: skip
-        self.name, self.slots, self.pages, self.access, self.cost_us = name, slots, pages, access, cost_us
+        self.name, self.pages, self.access, self.cost_us = name, pages, access, cost_us
+        # Half as many bytes to read for each touch, as long as they can say it.
+        narrow = slots.max(initial=0) <= np.iinfo(np.int32).max
+        self.slots: NDArray[np.signedinteger] = np.ascontiguousarray(slots, np.int32 if narrow else np.int64)
         self.need = np.where(slots < 0, NEVER, need)
         self.position, self.count = 0, len(slots)
         # How often, up to each access, the next page was not the next access's: equal numbers mean neighbours.
@@ -55,7 +59,7 @@ class Stream:
         self.writes = np.zeros(self.count + 1, dtype=np.int32)  # how many of the accesses before each one write
         np.cumsum(writes, out=self.writes[1:])
         self.write_at = writes.nonzero()[0]
-        self.write_slots = slots[self.write_at]
+        self.write_slots = self.slots[self.write_at]
 
     def neighbours(self, start: int, stop: int) -> bool:
         """Whether accesses from `start` on, before `stop`, are of neighbouring pages in a row."""
@@ -69,6 +73,12 @@ class Stream:
         else:
             found = rights[self.slots[start:stop]]
         return np.less(found, self.need[start:stop])
+
+    def granted(self, rights: NDArray[np.uint8], start: int, stop: int) -> bool:
+        """Whether all accesses from `start` on, before `stop`, have the right that they need."""
+        if self.neighbours(start, stop):
+            return not self.missing(rights, start, stop).any()
+        return not count_below(rights, self.slots[start:stop], self.need[start:stop])
 
     def wrote(self, start: int, stop: int, content: Content, miss: NDArray[np.bool_] | None = None) -> None:
         """Accesses from `start` on, before `stop`, have been made, less those that `miss` marks."""
@@ -170,6 +180,8 @@ class StreamKernel(Stream):
         """Touch the next window of the stream, up to as many misses as lanes are free; return the time."""
         start, free = self.position, self.lanes - len(self.waiting)
         stop = min(start + self.window, self.count)
+        if self.window > 4 * self.lanes and self.granted(rights, start, stop):  # as all of the window before
+            return self._pass(start, stop, content)
         look = min(start + free, stop)
         miss = self.missing(rights, start, look)
         missed = int(np.count_nonzero(miss))
@@ -177,10 +189,7 @@ class StreamKernel(Stream):
             miss = self.missing(rights, start, stop)
             missed = int(np.count_nonzero(miss))
         if not missed:
-            self.window = min(2 * self.window, 1 << 18)
-            self.wrote(start, stop, content)
-            self.position = stop
-            return (stop - start) * self.cost_us
+            return self._pass(start, stop, content)
         self.window = max(4 * self.lanes, 64)
         at = miss.nonzero()[0][:free] + start
         if len(at) == free:
@@ -195,6 +204,13 @@ class StreamKernel(Stream):
         self.waiting = np.concatenate([self.waiting, at]) if len(self.waiting) else at
         self.position = stop
         return (stop - start - len(at)) * self.cost_us
+
+    def _pass(self, start: int, stop: int, content: Content) -> float:
+        """All accesses of a window have been made; return the time."""
+        self.window = min(2 * self.window, 1 << 18)
+        self.wrote(start, stop, content)
+        self.position = stop
+        return (stop - start) * self.cost_us
 
     def _faults(self, missed: NDArray[np.int64], again: int, spent: float) -> Misses:
         """Merge misses of one uTLB on one page with the same access; those that tried again come first."""

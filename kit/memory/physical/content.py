@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kit.memory.columns import fill, ramp_where
+from kit.memory.columns import fill, mark, ramp_where
 from kit.memory.physical.frames import Frames
 from kit.memory.types import Runs
 
@@ -39,10 +39,10 @@ class Content:
             self.marks = self.marks + bytes(more)
             self.dirty = np.frombuffer(self.marks, dtype=bool)
 
-    def write(self, slots: NDArray[np.integer]) -> None:
+    def write(self, slots: NDArray[np.signedinteger]) -> None:
         """Mark pages as written."""
         if len(slots):
-            self.dirty[slots] = True
+            mark(self.marks, slots)
 
     def settle(self, slots: NDArray[np.int64], frames: Frames, where: NDArray[np.integer]) -> None:
         """Put the content of written pages into the frames that hold them.
