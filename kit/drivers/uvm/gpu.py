@@ -13,10 +13,12 @@ from kit.drivers.uvm.fault_buffer import FaultBuffer
 from kit.drivers.uvm.hal import FAMILIES
 from kit.drivers.uvm.module import ModuleParameters
 from kit.drivers.uvm.pmm_gpu import Pmm
-from kit.drivers.uvm.types import BLOCK_PAGES, READ_WRITE
+from kit.drivers.uvm.types import BLOCK_PAGES, GPU, READ_ONLY
 from kit.errors import ParameterError
+from kit.memory.columns import marked
+from kit.memory.physical.content import Content
 from kit.memory.physical.frames import Frames
-from kit.memory.table.pagemask import PageMask, bools, run_count
+from kit.memory.table.pagemask import PageMask, bools, run_count, runs
 from kit.memory.table.pagetable import GEOMETRIES, PageTable
 from kit.sim.costs import Costs
 from kit.sim.engine import Engine, Thread
@@ -24,7 +26,7 @@ from kit.sim.locks import Lock
 from kit.sim.machine import Machine
 
 if TYPE_CHECKING:
-    from kit.drivers.uvm.types import VaSpace
+    from kit.drivers.uvm.types import VaBlock, VaSpace
 
 __all__ = ["COSTS", "Gpu"]
 
@@ -67,6 +69,17 @@ COSTS: Final = {
     "ioctl": "one UVM ioctl, without what it does",
     "cancel": "one cancel method and its wait",
 }
+
+
+class Unwritten:
+    """What pushed entries of a block replace at `time`: rights by pages, and pages that lose the right to write."""
+
+    __slots__ = ("before", "first", "lost", "pages", "slot", "time")
+
+    def __init__(self, time: float, block: VaBlock, lost: PageMask) -> None:
+        self.time, self.lost = time, lost
+        self.first, self.slot, self.pages = block.first, block.slot[GPU], block.pages
+        self.before = block.pte[GPU][READ_ONLY:]
 
 
 class Gpu:
@@ -127,7 +140,7 @@ class Gpu:
         self.group_has_copies = bool(machine["group_has_copies"])
         self.bottom_half: Thread | None = None
         self.unwatched: Thread | None = None  # whose pushes end before anybody can look at the table (`launch`)
-        self._unwritten: list[tuple[float, int, int, int, list[PageMask]]] = []  # what pushed entries replace
+        self._unwritten: list[Unwritten] = []
         self.cancelled: dict[int, str] = {}  # page -> reason
         self.cancelled_all = ""
         self.va_space: VaSpace | None = None
@@ -141,10 +154,10 @@ class Gpu:
             units = 1
         return units * float(self.costs.tlb_invalidate)
 
-    def written_at(self, time: float, first: int, slot: int, pages: int, before: list[PageMask]) -> None:
-        """A block's entries are written at `time`: until then the GPU finds those of before, masks by right."""
+    def written_at(self, time: float, block: VaBlock, lost: PageMask) -> None:
+        """A block's entries are written at `time`: until then the GPU finds the old ones and may write `lost` pages."""
         self._forget_written(self.engine.now)
-        self._unwritten.append((time, first, slot, pages, before))
+        self._unwritten.append(Unwritten(time, block, lost))
 
     def rights_at(self, now: float) -> NDArray[np.uint8]:
         """Return the rights that the GPU finds in its table at a time, by slot; not to be written to."""
@@ -152,23 +165,23 @@ class Gpu:
         rights = self.table.rights
         if self._unwritten:
             rights = rights.copy()
-            for _, _, slot, pages, before in reversed(self._unwritten):
-                rights[slot : slot + pages] = sum(bools(mask, pages).view(np.uint8) for mask in before)
+            for each in reversed(self._unwritten):
+                found = sum(bools(mask, each.pages).view(np.uint8) for mask in each.before)
+                rights[each.slot : each.slot + each.pages] = found
         return rights
 
-    def written_late(self, dirty: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-        """Return pages that were written, by slot, though entries that have been pushed do not allow it any more."""
+    def written_late(self, content: Content) -> list[NDArray[np.int64]]:
+        """Return pages that were written though entries that have been pushed do not allow it any more."""
         found = []
-        for _, first, slot, pages, _ in self._unwritten:
-            rows = slice(slot, slot + pages)
-            late = dirty[rows] & (self.table.rights[rows] < READ_WRITE)
-            if late.any():
-                found.append(first + late.nonzero()[0])
+        for each in self._unwritten:
+            if each.lost and marked(content.marks, each.slot, runs(each.lost)):
+                dirty = content.dirty[each.slot : each.slot + each.pages] & bools(each.lost, each.pages)
+                found.append(each.first + dirty.nonzero()[0])
         return found
 
     def _forget_written(self, now: float) -> None:
         unwritten = self._unwritten
-        while unwritten and unwritten[0][0] <= now:  # pushes end in the order in which they were made
+        while unwritten and unwritten[0].time <= now:  # pushes end in the order in which they were made
             unwritten.pop(0)
 
     def wake_stalled(self) -> None:

@@ -120,8 +120,9 @@ def launch(va_space: VaSpace, kernel: Kernel, alone: bool = True) -> Wait:
         quiet = alone and running and gpu.fault_buffer.get == gpu.fault_buffer.put
         horizon = FOREVER if quiet else HORIZON
         spent, misses = kernel.advance(gpu.rights_at(engine.now), va_space.content, horizon, retry)
-        for pages in gpu.written_late(va_space.content.dirty):
-            settle_late(va_space, pages)
+        if va_space.duplicates:
+            for pages in gpu.written_late(va_space.content):
+                settle_late(va_space, pages)
         if misses is not None:
             if not gpu.hal.replayable_faults and (killed := _mmu_fault(misses)):
                 yield from engine.pause(spent + gpu.costs.interrupt)

@@ -171,6 +171,7 @@ class VaSpace:
         gpu.va_space = self
         self.can_read_duplicate = gpu.hal.replayable_faults
         self.content = Content()
+        self.duplicates = False  # whether there have ever been read-duplicated pages
         # Processors whose atomics on a location are not native: a promotion would take rights from them.
         self.contenders = tuple(
             tuple(p for p in (CPU, GPU) if not self.native_atomics(p, at) and (p == CPU or gpu.hal.replayable_faults))

@@ -7,7 +7,7 @@ from kit.drivers.uvm.types import (
     BIG_PAGES,
     BLOCK_PAGES,
     GPU,
-    READ_ONLY,
+    READ_WRITE,
     VaBlock,
 )
 from kit.memory.columns import copy, fill
@@ -39,7 +39,8 @@ def push_ptes(
     thread.charge(costs.push)
     _, block.tracker = gpu.memops.push(thread, duration, after=block.tracker)
     if thread is not gpu.unwatched:
-        gpu.written_at(block.tracker, block.first, block.slot[GPU], block.pages, block.pte[GPU][READ_ONLY:])
+        lost = mask & block.pte[GPU][READ_WRITE] if prot < READ_WRITE else EMPTY
+        gpu.written_at(block.tracker, block, lost)
 
 
 def _write_ptes(block: VaBlock, gpu: Gpu, mask: PageMask, prot: int, location: int) -> int:

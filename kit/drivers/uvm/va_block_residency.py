@@ -81,6 +81,7 @@ def uvm_va_block_make_resident_read_duplicate(
         trace.move(thread.now, thread.now, block.first + first, count, 0, 1 << dest, "populate")
     block.resident[dest] |= mask
     block.read_duplicated |= elsewhere & mask
+    block.range.va_space.duplicates = True
     for first, count in runs(elsewhere):
         trace.span(
             "UvmEventTypeReadDuplicate", "gpu", thread.now, thread.now, parent=thread.row,
